@@ -1,0 +1,28 @@
+"""What the five scripts share. The modules, in the order in which data flows through them.
+
+    sources      rows of a public data set, in any of its forms, to one form
+    records      what `.data` holds: schema, reading, writing, validation
+    tokens       a record to prompt_ids and response_ids
+    batches      ids to padded tensors, in a seeded, length-grouped order
+    models       policy, reference, reward model and critic
+    generation   prompts to responses, in a batch
+    logprobs     hidden states to log-probabilities of tokens and of sequences
+    rewards      a reward model's logit, or a Python function, to a score
+    masked       means over real tokens
+    advantages   scores and KL to rewards, rewards and values to advantages
+    losses       one function for each equation
+    optim        the optimiser, its schedule and one step of it
+    evaluation   how well scores rank responses
+    checkpoints  epoch folders, `best`, `run.json`, resume state
+    metrics      console, metrics.jsonl, trackers, training.png
+    runtime      device, precision, seeds
+    arguments    argument types and checks
+    errors       the two exceptions that end a script in one line
+
+Shapes are written in comments with these letters:
+
+    B sequences   P prompt tokens   R response tokens   T = P + R   V vocabulary   D hidden size
+
+Prompts are padded on the left and responses on the right, so that a response is always
+`sequence[:, P:]`. In every mask True means: this token counts.
+"""

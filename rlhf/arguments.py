@@ -1,0 +1,140 @@
+"""Argument types and checks that the scripts share."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+
+from rlhf.errors import exit_in_one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser without abbreviations, whose errors take one line and exit with 2."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Exit with 2 after one line that names the argument and the value."""
+        exit_in_one_line(self.prog, f"{message} (see {self.prog} --help)", 2)
+
+
+def number(
+    kind: type[int] | type[float],
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], int | float]:
+    """An argparse type: a finite int or float within bounds (`least` ≤ x, `above` < x, …).
+
+    >>> number(float, above=0, most=1)("0.5")
+    0.5
+    >>> number(int, least=1)("0")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: must be a whole number >= 1, not '0'
+    """
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in ((">=", least), (">", above), ("<=", most), ("<", below))
+        if bound is not None
+    ]
+    expected = ("a whole number " if kind is int else "a number ") + " and ".join(bounds)
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = (
+            math.isfinite(value)
+            and (least is None or value >= least)
+            and (above is None or value > above)
+            and (most is None or value <= most)
+            and (below is None or value < below)
+        )
+        if not inside:
+            raise argparse.ArgumentTypeError(f"must be {expected.strip()}, not {text!r}")
+        return value
+
+    return parse
+
+
+count = number(int, least=0)
+positive_count = number(int, least=1)
+ratio = number(float, least=0, most=1)
+inner_ratio = number(float, above=0, below=1)
+positive = number(float, above=0)
+non_negative = number(float, least=0)
+
+
+def boolean(text: str) -> bool:
+    """An argparse type: true/false, yes/no, on/off, 1/0, in any case."""
+    words = {"true": True, "yes": True, "on": True, "1": True}
+    words |= {"false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return words[text.lower()]
+
+
+def add_boolean(parser: Parser, *names: str, default: bool, help: str) -> None:
+    """Add a switch that takes `--x`, `--x=false`, `--x false`, `--no_x` and `--no-x`."""
+    first = parser.add_argument(
+        *names, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help
+    )
+    for name in names:
+        bare = name.removeprefix("--")
+        parser.add_argument(
+            f"--no_{bare}",
+            f"--no-{bare}",
+            dest=first.dest,
+            action="store_false",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+
+
+TRACKERS = ("none", "tensorboard", "wandb", "trackio", "all")
+
+
+def add_training_arguments(parser: Parser, *, log_step: int, log_step_names: Sequence[str]) -> None:
+    """Add the arguments that all four training scripts take in the same way."""
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="precision of the matrix products; weights stay float32 (auto: bfloat16 on CUDA)",
+    )
+    parser.add_argument(
+        "--micro_batch_size",
+        type=count,
+        default=0,
+        help="sequences in one forward: memory only, same result (0 = chosen from their lengths)",
+    )
+    parser.add_argument(
+        "--max_gradient_norm",
+        "--max_grad_norm",
+        type=positive,
+        default=1.0,
+        help="gradients are scaled down to this norm",
+    )
+    parser.add_argument(
+        *log_step_names, type=positive_count, default=log_step, help="steps between log lines"
+    )
+    parser.add_argument("--max_steps", type=count, default=0, help="a cap on steps (0 = none)")
+    parser.add_argument(
+        "--max_samples", type=count, default=0, help="training rows to use (0 = all)"
+    )
+    parser.add_argument(
+        "--report_to", choices=TRACKERS, default="none", help="where else metrics are sent"
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never", "must"),
+        default="auto",
+        help="continue an interrupted run in ckpt_dir: if there is one, never, or else stop",
+    )

@@ -1,0 +1,40 @@
+"""The two exceptions that end a script in one line, and the function that prints that line."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class InputError(Exception):
+    """The user's arguments, files or rows cannot be used. The script ends with exit code 2.
+
+    The message names the argument, file or row, the value seen, and the remedy.
+    """
+
+
+class RunError(Exception):
+    """The run itself failed: a loss that is not finite, a full disk. Exit code 1."""
+
+
+def exit_in_one_line(name: str, message: str, code: int) -> NoReturn:
+    """Write `name: error: message` as one line to stderr and exit with `code`."""
+    sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main; end in one line on what a user can cause (`RLHF_DEBUG=1`: traceback)."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except (InputError, RunError) as error:
+        if os.environ.get("RLHF_DEBUG") == "1":
+            raise
+        exit_in_one_line(name, str(error), 2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        exit_in_one_line(name, "interrupted", 130)
+    except OSError as error:
+        if os.environ.get("RLHF_DEBUG") == "1":
+            raise
+        exit_in_one_line(name, f"{error.strerror or error}: {error.filename or ''}", 1)
