@@ -1,0 +1,161 @@
+"""Ids to padded tensors, in an order that is a pure function of seed and epoch."""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.tokens import Sample
+
+TOKENS_PER_FORWARD = 8192  # padding included; what `--micro_batch_size=0` aims at
+SORTING_WINDOW = 32  # batches that are sorted by length together
+
+
+class Batch(NamedTuple):
+    """Prompts padded on the left, responses padded on the right."""
+
+    prompt_ids: Tensor  # (B, P)
+    prompt_mask: Tensor  # (B, P) bool
+    response_ids: Tensor  # (B, R)
+    response_mask: Tensor  # (B, R) bool
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Prompts and responses as one: (B, T)."""
+        return torch.cat((self.prompt_ids, self.response_ids), dim=1)
+
+    @property
+    def mask(self) -> Tensor:
+        """What of `input_ids` is real: (B, T) bool."""
+        return torch.cat((self.prompt_mask, self.response_mask), dim=1)
+
+    def select(self, rows: Tensor | slice) -> "Batch":
+        """Keep some rows, and only the columns in which one of them has a token."""
+        prompt_mask, response_mask = self.prompt_mask[rows], self.response_mask[rows]
+        start = int(prompt_mask.any(dim=0).int().argmax())
+        end = int(response_mask.any(dim=0).sum())
+        return Batch(
+            self.prompt_ids[rows, start:],
+            prompt_mask[:, start:],
+            self.response_ids[rows, :end],
+            response_mask[:, :end],
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move all tensors to a device."""
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pad on the left to the longest: ids (B, P) and mask (B, P)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(width) >= (width - lengths)[:, None]
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pad on the right to the longest: ids (B, R) and mask (B, R)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(width) < lengths[:, None]
+
+
+def build_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """Pad samples to a batch."""
+    return Batch(
+        *pad_left([sample.prompt_ids for sample in samples], pad_id),
+        *pad_right([sample.response_ids for sample in samples], pad_id),
+    )
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions of the real tokens, counted from each row's first: (B, T).
+
+    GPT-2's positions are absolute: without these a row padded on the left is another text.
+
+    >>> position_ids(torch.tensor([[False, True, True, False]]))
+    tensor([[0, 0, 1, 1]])
+    """
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def sample_length(sample: Sample) -> int:
+    """Count the tokens of prompt and response."""
+    return len(sample.prompt_ids) + len(sample.response_ids)
+
+
+def epoch_order(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int
+) -> list[list[int]]:
+    """Deal all rows into batches of similar length, in shuffled order; the last may be smaller.
+
+    Rows are shuffled, cut into windows of some batches, sorted by length within a window, and the
+    batches are shuffled again. So a batch has little padding, yet other mates in every epoch.
+    The order depends on nothing but the arguments: a resumed epoch continues in it.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    window = batch_size * SORTING_WINDOW
+    batches = []
+    for start in range(0, len(order), window):
+        rows = sorted(order[start : start + window], key=lambda row: (lengths[row], row))
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def plan_epochs(
+    lengths: Sequence[int], batch_size: int, *, num_epochs: int, max_steps: int, seed: int
+) -> list[list[list[int]]]:  # epochs of batches of rows
+    """Lay out a whole run: the order of every epoch, cut off after `max_steps` batches.
+
+    0 steps means no cap. An epoch of which nothing is left is left out.
+    """
+    plan, room = [], max_steps or num_epochs * len(lengths)
+    for epoch in range(1, num_epochs + 1):
+        batches = epoch_order(lengths, batch_size, seed=seed, epoch=epoch)[:room]
+        room -= len(batches)
+        if batches:
+            plan.append(batches)
+    return plan
+
+
+def micro_batches(
+    num_rows: int,
+    width: int,
+    micro_batch_size: int,
+    *,
+    sequences_per_row: int = 1,
+    tokens: int = TOKENS_PER_FORWARD,
+) -> list[slice]:
+    """Cut the rows of a batch into slices of what one forward takes; a pair is two sequences.
+
+    `micro_batch_size` counts sequences. 0 takes as many of `width` tokens as keep a forward near
+    `tokens` of them: a choice by shape alone, so that it is the same in every run.
+
+    >>> micro_batches(5, 100, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    >>> micro_batches(3, 4096, 0, sequences_per_row=2)
+    [slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)]
+    """
+    sequences = micro_batch_size or tokens // max(width, 1)
+    size = max(1, sequences // sequences_per_row)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def micro_batches_by_length(
+    batch: Batch, rows: Sequence[int], micro_batch_size: int
+) -> list[tuple[Tensor, Batch]]:
+    """Cut rows of a batch into micro-batches of similar length, each without needless columns."""
+    lengths = batch.mask.sum(dim=1).tolist()
+    ordered = sorted(rows, key=lambda row: (lengths[row], row))
+    parts = [
+        torch.tensor(ordered[part], device=batch.prompt_ids.device)
+        for part in micro_batches(len(ordered), lengths[ordered[-1]], micro_batch_size)
+    ]
+    return [(part, batch.select(part)) for part in parts]

@@ -1,0 +1,153 @@
+"""EXPERIENCE: a rollout as the models see it, token by token.
+
+Old logprobs come from the forward that is trained, never from the sampler's cached one, which
+rounds differently; and they are taken over the tokens that could have been sampled.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.batches import Batch, micro_batches_by_length
+from rlhf.errors import RunError
+from rlhf.generation import Rollout
+from rlhf.logprobs import sequence_logprobs, token_logprobs, token_stats
+from rlhf.masked import masked_mean
+from rlhf.models import Critic, response_states
+from rlhf.runtime import Runtime
+
+
+class Actors(NamedTuple):
+    """The models that see every token of a response, and how they are run."""
+
+    policy: PreTrainedModel
+    ref_policy: PreTrainedModel
+    critic: Critic | None  # None while the policy is only judged
+    temperature: float
+    micro_batch_size: int
+    runtime: Runtime
+
+
+class Numbers(NamedTuple):
+    """What is known of each response token before an update, (B, R) each."""
+
+    logprobs: Tensor  # of the policy, over the support it sampled from
+    entropy: Tensor
+    kept_mass: Tensor
+    ref_logprobs: Tensor  # of the reference, over the whole vocabulary
+    values: Tensor  # 0 without a critic
+
+    @property
+    def kl(self) -> Tensor:
+        """Signed log-ratio of policy to reference, an estimate (k1) of their KL: (B, R) nats."""
+        return self.logprobs - self.ref_logprobs
+
+
+def policy_forward(
+    actors: Actors, rollout: Rollout, rows: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:  # logprobs (B, R), values (B, R)
+    """Run the forward that is trained on a micro-batch, which holds these rows of the rollout."""
+    with actors.runtime.autocast():
+        states = response_states(actors.policy, batch)  # (B, R, D)
+        values = actors.critic(states, batch) if actors.critic else torch.zeros(())
+    logprobs = token_logprobs(
+        states,
+        batch.response_ids,
+        batch.response_mask,
+        actors.policy.get_output_embeddings(),
+        temperature=actors.temperature,
+        support=rollout.support_of(rows, batch),
+    )
+    return logprobs, values
+
+
+@torch.no_grad()
+def token_numbers(actors: Actors, rollout: Rollout) -> Numbers:
+    """Compute, once, what the update needs to know of every response token."""
+    everything = range(len(rollout.ended))
+    shape = (len(Numbers._fields), *rollout.batch.response_mask.shape)
+    numbers = torch.zeros(shape, device=actors.runtime.device)
+    temperature = actors.temperature
+    head = actors.policy.get_output_embeddings()
+    ref_head = actors.ref_policy.get_output_embeddings()
+    for rows, batch in micro_batches_by_length(rollout.batch, everything, actors.micro_batch_size):
+        ids, mask = batch.response_ids, batch.response_mask
+        with actors.runtime.autocast():
+            states = response_states(actors.policy, batch)  # (B, R, D)
+            ref_states = response_states(actors.ref_policy, batch)  # (B, R, D)
+            values = actors.critic(states, batch) if actors.critic else torch.zeros_like(mask)
+        support = rollout.support_of(rows, batch)
+        stats = token_stats(states, ids, mask, head, temperature=temperature, support=support)
+        ref_logprobs = token_logprobs(ref_states, ids, mask, ref_head, temperature=temperature)
+        numbers[:, rows, : ids.shape[1]] = torch.stack((*stats, ref_logprobs, values))
+    return Numbers(*numbers)
+
+
+@torch.no_grad()
+def check_ratio_is_one(actors: Actors, rollout: Rollout, numbers: Numbers) -> None:
+    """Stop unless sampler, old and new logprobs agree before the first update.
+
+    Dropout, another temperature or another set of tokens in one of them would let the run go on
+    with a ratio that means nothing.
+
+    Raises: RunError, naming the two that differ.
+    """
+    mask, tolerance = rollout.batch.response_mask, actors.runtime.tolerance
+    new = torch.zeros_like(numbers.logprobs)
+    everything = range(len(mask))
+    for rows, batch in micro_batches_by_length(rollout.batch, everything, actors.micro_batch_size):
+        new[rows, : batch.response_ids.shape[1]] = policy_forward(actors, rollout, rows, batch)[0]
+    compared = {"new policy to old policy": (new, numbers.logprobs)}
+    if rollout.support is not None:
+        compared["old policy to sampler"] = (numbers.logprobs, rollout.logprobs)
+    for name, (numerator, denominator) in compared.items():
+        errors = (torch.exp(numerator - denominator) - 1)[mask]
+        # Single ratios differ by rounding in bfloat16; their mean must not.
+        exact = actors.runtime.precision == "float32"
+        error = float(errors.abs().max() if exact else errors.mean().abs())
+        if not error <= tolerance:
+            raise RunError(
+                f"before the first update the ratio of {name} is off 1 by {error:.2g} (allowed:"
+                f" {tolerance:g}): the model does not give the same numbers twice"
+            )
+
+
+def rollout_metrics(
+    scores: Tensor,  # (B,)
+    numbers: Numbers,
+    mask: Tensor,  # (B, R)
+    ended: Tensor,  # (B,)
+    *,
+    beta: float,
+) -> dict[str, Tensor]:
+    """What a rollout tells of the policy, under TRL's names.
+
+    `objective/*` are sums over a response, averaged over responses.
+    """
+    kl = sequence_logprobs(numbers.kl, mask)  # (B,)
+    # k3 estimates the same KL and is never negative, but as a reward it would have another optimum.
+    k3 = sequence_logprobs(torch.expm1(-numbers.kl) + numbers.kl, mask)  # (B,)
+    return {
+        "objective/kl": kl.mean(),
+        "objective/kl_k3": k3.mean(),
+        "objective/entropy": -sequence_logprobs(numbers.logprobs, mask).mean(),
+        "objective/scores": scores.mean(),
+        "objective/non_score_reward": -beta * kl.mean(),
+        "objective/rlhf_reward": (scores - beta * kl).mean(),
+        "policy/entropy_avg": masked_mean(numbers.entropy, mask),
+        "kept_mass": masked_mean(numbers.kept_mass, mask),
+        "val/num_eos_tokens": ended.sum(),
+        "eos_rate": ended.float().mean(),
+        "response_length": mask.sum(dim=1).float().mean(),
+    }
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the variance of the returns (B, R) that the critic foresaw.
+
+    1 is perfect, 0 no better than a constant, less than 0 worse.
+    """
+    errors = (returns - values)[mask]
+    return 1 - errors.var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)

@@ -1,0 +1,287 @@
+"""DPO: learn from pairs of a better and a worse response, without a reward model.
+
+    loss = -log sigmoid(beta * ((log pi(chosen) - log ref(chosen))
+                                - (log pi(rejected) - log ref(rejected))))
+
+The reference is the SFT model that training starts from; its logprobs are computed once. Reads
+`.data/pref`, writes a checkpoint for every epoch into `.model/dpo`. In a healthy log the loss
+starts at ln 2 = 0.693 and falls, `rewards/accuracies` and `rewards/margins` rise. Watch
+`logps/chosen` too: if it sinks far below its start, the policy forgets good responses along with
+bad ones, and a larger beta or a lower learning rate is due.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.arguments import Parser, add_training_arguments, count, positive, positive_count
+from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.checkpoints import (
+    RESUME,
+    RunFolder,
+    load_tensors,
+    model_name,
+    save_tensors,
+    weights_fingerprint,
+)
+from rlhf.errors import RunError, run_script
+from rlhf.logprobs import sequence_logprobs, token_logprobs
+from rlhf.losses import dpo_loss
+from rlhf.metrics import Metrics, say
+from rlhf.models import (
+    LANGUAGE_MODEL,
+    load_policy,
+    load_tokenizer,
+    read_config,
+    response_states,
+    set_generation_defaults,
+)
+from rlhf.optim import build_schedule, optimizer_step
+from rlhf.records import PAIR, fingerprint, read_split
+from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.tokens import Sample, count_dropped, encode_samples
+
+Pair = tuple[Sample, Sample]  # chosen, rejected
+
+
+def build_parser() -> Parser:
+    parser = Parser("Direct preference optimisation on the pairs of .data/pref.")
+    add = parser.add_argument
+    add("--seed", type=count, default=42, help="seed of the order")
+    add("--sft_model_path", required=True, help="SFT checkpoint: first policy, and reference")
+    add("--ckpt_dir", default=".model/dpo", help="folder for checkpoints")
+    add("--gpu_id", type=count, default=0, help="which CUDA device")
+    add("--data_dir", default=".data/pref", help="folder with train.jsonl and eval.jsonl")
+    add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
+    add("--min_gen_len", type=count, default=1, help="least room for a response, in tokens")
+    add("--num_epochs", type=positive_count, default=1, help="passes over the data")
+    add("--batch_size", type=positive_count, default=16, help="pairs in an optimiser step")
+    add("--learning_rate", type=positive, default=1e-5, help="learning rate at the start")
+    add("--beta", type=positive, default=0.2, help="how strongly the reference holds")
+    add("--loss", choices=("dpo",), default="dpo", help="preference loss")
+    names = ["--log_step", "--logging_steps"]
+    add_training_arguments(parser, log_step=100, log_step_names=names)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
+
+
+def load_pairs(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, side: str, max_samples: int
+) -> list[Pair]:
+    records = read_split(args.data_dir, side, PAIR, max_samples)
+    prompts = [record["prompt"] for record in records]
+    sizes = {"max_len": args.max_len, "min_len": args.min_gen_len}
+    chosen = encode_samples(tokenizer, prompts, [r["chosen"] for r in records], **sizes)
+    rejected = encode_samples(tokenizer, prompts, [r["rejected"] for r in records], **sizes)
+    pairs = [(a, b) for a, b in zip(chosen, rejected, strict=True) if a and b]
+    say(count_dropped(len(pairs), len(records), side=side, max_len=args.max_len))
+    return pairs
+
+
+def main(args: argparse.Namespace) -> None:
+    runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    say(runtime.notice)
+    flag, path = "--sft_model_path", args.sft_model_path
+    config = read_config(path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
+    tokenizer = load_tokenizer(path, config, flag=flag)
+    train = load_pairs(args, tokenizer, "train", args.max_samples)
+    heldout = load_pairs(args, tokenizer, "eval", 0)
+
+    # Every dropout is at 0: policy and reference are the same function until the first update, and
+    # so the policy can compute the reference's logprobs before it is trained.
+    policy = load_policy(path, flag=flag, device=runtime.device)
+    set_generation_defaults(policy, tokenizer)
+    pad_id = tokenizer.eos_token_id
+    made_from = reference_fingerprint(args, policy, runtime)
+    cache = Path(args.ckpt_dir) / RESUME / "ref_logprobs.safetensors"
+    ref_logprobs = load_tensors(cache, fingerprint=made_from) or {
+        side: all_logprobs(policy, pairs, pad_id, args, runtime)
+        for side, pairs in (("train", train), ("eval", heldout))
+    }  # (number of pairs, 2) each
+    lengths = [max(map(sample_length, pair)) for pair in train]
+    plan = plan_epochs(
+        lengths,
+        args.batch_size,
+        num_epochs=args.num_epochs,
+        max_steps=args.max_steps,
+        seed=args.seed,
+    )
+    num_steps = sum(map(len, plan))
+    schedule = build_schedule(
+        policy.parameters(),
+        learning_rate=args.learning_rate,
+        num_steps=num_steps,
+        warmup_ratio=0.0,
+    )
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="dpo",
+        model=model_name(path, flag=flag),
+        arguments=vars(args),
+        parent=path,
+        data=fingerprint(args.data_dir),
+    )
+    say(folder.notice)
+    save_tensors(cache, ref_logprobs, fingerprint=made_from)
+    metrics = Metrics(
+        folder.path,
+        num_steps=num_steps,
+        log_step=args.log_step,
+        report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
+        console=["loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "lr"],
+    )
+    metrics.add_epoch(0, evaluate(policy, heldout, ref_logprobs["eval"], pad_id, args, runtime))
+
+    for epoch, batches in enumerate(plan, start=1):
+        for i, rows in enumerate(batches, start=1):
+            means: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=runtime.device))
+            width = max(lengths[row] for row in rows)
+            parts = micro_batches(len(rows), width, args.micro_batch_size, sequences_per_row=2)
+            for part in parts:
+                pairs = [train[row] for row in rows[part]]
+                logprobs = pair_logprobs(policy, pairs, pad_id, runtime)  # (B, 2)
+                terms = preference_terms(logprobs, ref_logprobs["train"][rows[part]], args.beta)
+                (terms["loss"].sum() / len(rows)).backward()
+                for name, values in terms.items():
+                    means[name] = means[name] + values.detach().sum() / len(rows)
+            if metrics.step == 0:
+                check_first_loss(float(means["loss"]), runtime)
+            learning_rate = schedule.get_last_lr()[0]
+            grad_norm = optimizer_step(
+                [schedule],
+                means["loss"],
+                max_gradient_norm=args.max_gradient_norm,
+                where=f"step {metrics.step + 1}, rows {rows}",
+            )
+            metrics.add(
+                {**means, "grad_norm": grad_norm, "lr": learning_rate},
+                epoch=epoch - 1 + i / len(batches),
+                num_tokens=sum(sample_length(sample) for row in rows for sample in train[row]),
+            )
+        results = evaluate(policy, heldout, ref_logprobs["eval"], pad_id, args, runtime)
+        metrics.add_epoch(epoch, results)
+        folder.save_epoch(
+            policy,
+            tokenizer,
+            epoch=epoch,
+            figure=f"loss={results['eval_loss']:.4f}",
+            objective=results["eval_loss"],
+            facts={"metrics": results},
+        )
+    metrics.finish(
+        [
+            ["loss", "eval_loss"],
+            ["rewards/accuracies", "eval_rewards/accuracies"],
+            ["rewards/chosen", "rewards/rejected", "rewards/margins"],
+            ["logps/chosen", "logps/rejected"],
+        ],
+        best=folder.path / "best",
+        next_command="sh exec_run_ppo.sh",
+    )
+
+
+def pair_logprobs(
+    model: PreTrainedModel, pairs: list[Pair], pad_id: int, runtime: Runtime
+) -> Tensor:  # (B, 2)
+    """Log-probabilities of chosen and rejected responses, in one forward."""
+    samples = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    batch = build_batch(samples, pad_id).to(runtime.device)
+    with runtime.autocast():
+        states = response_states(model, batch)  # (2B, R, D)
+    head = model.get_output_embeddings()
+    logprobs = token_logprobs(
+        states, batch.response_ids, batch.response_mask, head, temperature=1.0
+    )  # (2B, R)
+    return sequence_logprobs(logprobs, batch.response_mask).view(2, -1).T
+
+
+@torch.no_grad()
+def all_logprobs(
+    model: PreTrainedModel,
+    pairs: list[Pair],
+    pad_id: int,
+    args: argparse.Namespace,
+    runtime: Runtime,
+) -> Tensor:  # (number of pairs, 2)
+    """Log-probabilities of all responses, in the order of the pairs."""
+    lengths = [max(map(sample_length, pair)) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    logprobs = torch.zeros(len(pairs), 2, device=runtime.device)
+    size = args.micro_batch_size
+    for part in micro_batches(len(order), lengths[order[-1]], size, sequences_per_row=2):
+        rows = order[part]
+        logprobs[rows] = pair_logprobs(model, [pairs[row] for row in rows], pad_id, runtime)
+    return logprobs
+
+
+def preference_terms(
+    logprobs: Tensor,  # (B, 2)  chosen, rejected
+    ref_logprobs: Tensor,  # (B, 2)
+    beta: float,
+) -> dict[str, Tensor]:  # (B,) each
+    """The loss of each pair, and what it is made of, under TRL's names."""
+    chosen, rejected = logprobs.unbind(dim=1)
+    ref_chosen, ref_rejected = ref_logprobs.unbind(dim=1)
+    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
+    rewards = beta * (logprobs - ref_logprobs).detach()  # (B, 2)
+    return {
+        "loss": losses,
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float(),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+
+
+def check_first_loss(loss: float, runtime: Runtime) -> None:
+    """Stop unless policy and reference agree before the first update: then the loss is ln 2."""
+    if not abs(loss - math.log(2)) <= runtime.tolerance:
+        raise RunError(
+            f"the first loss is {loss:.5f}, not ln 2 = {math.log(2):.5f}: policy and reference"
+            " differ before any training"
+        )
+
+
+def reference_fingerprint(
+    args: argparse.Namespace, policy: PreTrainedModel, runtime: Runtime
+) -> str:
+    """Name what the reference's logprobs depend on: data, weights, truncation, precision."""
+    facts = {
+        "data": fingerprint(args.data_dir),
+        "weights": weights_fingerprint(policy),
+        "precision": runtime.precision,
+        **{name: getattr(args, name) for name in ("max_len", "min_gen_len", "max_samples")},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@torch.no_grad()
+def evaluate(
+    policy: PreTrainedModel,
+    heldout: list[Pair],
+    ref_logprobs: Tensor,
+    pad_id: int,
+    args: argparse.Namespace,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Means over held-out pairs of what is logged in training."""
+    logprobs = all_logprobs(policy, heldout, pad_id, args, runtime)
+    terms = preference_terms(logprobs, ref_logprobs, args.beta)
+    return {f"eval_{name}": float(values.mean()) for name, values in terms.items()}
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))

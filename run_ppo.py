@@ -1,0 +1,479 @@
+"""PPO: make the SFT model write what the reward model scores highly, without straying far from it.
+
+    maximise  E[score(prompt, response)] - beta * KL(policy || SFT model)
+
+Each step samples responses to a batch of prompts, scores them, and improves the policy by clipped
+updates on them, with a critic as baseline. Reads `.data/pref` (its prompts), writes a checkpoint
+for every pass over the prompts into `.model/ppo`. In a healthy log `objective/scores` rises, while
+`objective/kl` grows slowly and levels off; `policy/clipfrac_avg` stays below about 0.2, and
+`val/ratio` near 1. A score that rises with a KL of tens of nats is a reward model being fooled.
+"""
+
+import argparse
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.advantages import gae, token_rewards
+from rlhf.arguments import (
+    Parser,
+    add_boolean,
+    add_training_arguments,
+    count,
+    non_negative,
+    number,
+    positive,
+    positive_count,
+    ratio,
+)
+from rlhf.batches import Batch, micro_batches_by_length, plan_epochs
+from rlhf.checkpoints import RunFolder, model_name, read_run
+from rlhf.errors import run_script
+from rlhf.experience import (
+    Actors,
+    Numbers,
+    check_ratio_is_one,
+    explained_variance,
+    policy_forward,
+    rollout_metrics,
+    token_numbers,
+)
+from rlhf.generation import Rollout, Sampling, generate
+from rlhf.losses import ppo_policy_loss, value_loss
+from rlhf.masked import masked_mean, masked_sum, masked_whiten
+from rlhf.metrics import Metrics, say
+from rlhf.models import (
+    LANGUAGE_MODEL,
+    REWARD_MODEL,
+    Critic,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    read_config,
+    require_same_tokenizer,
+    set_generation_defaults,
+)
+from rlhf.optim import build_schedule, optimizer_step
+from rlhf.records import PAIR, fingerprint, prompt_text, read_split
+from rlhf.rewards import Scorer, read_reward_facts, score_by_function, score_by_model
+from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.tokens import count_dropped, decode_response, early_end_ids, encode_prompts, has_room
+
+CONSOLE = [
+    "objective/scores",
+    "objective/kl",
+    "objective/rlhf_reward",
+    "response_length",
+    "eos_rate",
+    "policy/clipfrac_avg",
+    "loss/value_avg",
+]
+
+
+def build_parser() -> Parser:
+    parser = Parser("PPO on the prompts of .data/pref, against a reward model or function.")
+    add = parser.add_argument
+    fraction = number(float, above=0, below=1)
+    add("--seed", type=count, default=42, help="seed of order and sampling")
+    add("--sft_model_path", required=True, help="SFT checkpoint: first policy, and reference")
+    add("--rm_model_path", help="reward model checkpoint; needed without --reward_fn")
+    add("--ckpt_dir", default=".model/ppo", help="folder for checkpoints")
+    add("--gpu_id", type=count, default=0, help="which CUDA device")
+    add("--max_reward", type=number(float, above=1), default=5.0, help="the reward model's own")
+    add("--data_dir", default=".data/pref", help="folder with train.jsonl and eval.jsonl")
+    add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
+    add("--min_gen_len", type=count, default=1, help="tokens before a response may end")
+    names = ("--do_sampling", "--do_sample")
+    add_boolean(parser, *names, default=True, help="sample (false: decode greedily)")
+    add("--temperature", type=positive, default=0.2, help="divides the logits")
+    add("--top_k", type=count, default=50, help="sample from the likeliest so many (0 = all)")
+    add("--top_p", type=number(float, above=0, most=1), default=1.0, help="share of mass kept")
+    names = ("--num_outer_epoch", "--num_outer_epochs")
+    add(*names, type=positive_count, default=1, help="passes over the prompts")
+    names = ("--num_inner_epoch", "--num_inner_epochs")
+    add(*names, type=positive_count, default=3, help="passes over each rollout")
+    add("--batch_size", type=positive_count, default=16, help="prompts in a rollout")
+    add("--learning_rate", type=positive, default=1e-5, help="learning rate at the start")
+    add("--beta", type=non_negative, default=0.2, help="weight of the KL penalty")
+    add("--max_kl_div", type=positive, default=10.0, help="guard on the KL of a token, both signs")
+    add("--gae_lambda", type=ratio, default=0.9, help="lambda of the advantage estimate")
+    add("--gamma", type=ratio, default=1.0, help="discount of later rewards")
+    add("--epsilon", type=fraction, default=0.2, help="clip range of the probability ratio")
+    add("--value_loss_coeff", type=non_negative, default=0.1, help="weight of the value loss")
+    add("--minibatch_size", type=count, default=0, help="sequences in a step (0 = the rollout)")
+    add("--max_new_tokens", type=count, default=0, help="cap on a response (0 = up to max_len)")
+    add("--missing_eos_penalty", type=non_negative, default=1.0, help="taken off without EOS")
+    add("--value_clip", type=non_negative, default=0.0, help="clip range of values (0 = off)")
+    add("--critic", choices=("separate", "shared"), default="separate", help="own trunk or not")
+    add("--reward_fn", help="file.py:function or module:function, instead of a reward model")
+    add("--eval_samples", type=count, default=256, help="held-out prompts to judge by (0 = all)")
+    add_training_arguments(parser, log_step=1, log_step_names=["--log_step"])
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.rm_model_path and not args.reward_fn:
+        parser.error("one of --rm_model_path and --reward_fn is required")
+    return args
+
+
+class Prompts(NamedTuple):
+    """Prompts as ids, and as the text that reward functions and people see."""
+
+    ids: list[list[int]]
+    texts: list[str]
+
+
+class Setup(NamedTuple):
+    """What a rollout and its scores are made with."""
+
+    args: argparse.Namespace
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    score: Scorer
+    actors: Actors
+
+
+def load_prompts(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, side: str, max_samples: int
+) -> Prompts:
+    records = read_split(args.data_dir, side, PAIR, max_samples)
+    prompts = [record["prompt"] for record in records]
+    fitting = [
+        (ids, prompt_text(prompt))
+        for ids, prompt in zip(encode_prompts(tokenizer, prompts), prompts, strict=True)
+        if has_room(ids, max_len=args.max_len, min_len=args.min_gen_len)
+    ]
+    say(count_dropped(len(fitting), len(records), side=side, max_len=args.max_len))
+    return Prompts([ids for ids, _ in fitting], [text for _, text in fitting])
+
+
+def load_scorer(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+) -> tuple[Scorer, float | None]:
+    """Give the score of a response, and its mean if the reward model knows it."""
+    if args.reward_fn:
+        return score_by_function(args.reward_fn), None
+    flag, path = "--rm_model_path", args.rm_model_path
+    config = read_config(path, flag=flag, kind=REWARD_MODEL, max_len=args.max_len)
+    require_same_tokenizer(tokenizer, load_tokenizer(path, config, flag=flag), flag=flag)
+    facts = read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
+    model = load_reward_model(
+        path, flag=flag, device=runtime.device, eos_id=tokenizer.eos_token_id
+    ).requires_grad_(False)
+    size = args.micro_batch_size
+    return score_by_model(model, facts, runtime=runtime, micro_batch_size=size), facts.reward_mean
+
+
+def load_critic(args: argparse.Namespace, policy: PreTrainedModel, mean_reward: float) -> Critic:
+    """Build a critic that says `mean_reward` at first, on the reward model's trunk if possible."""
+    if args.critic == "shared":
+        return Critic(None, policy.config.hidden_size, mean_reward)
+    if args.reward_fn:
+        model = load_policy(args.sft_model_path, flag="--sft_model_path", device=policy.device)
+    else:
+        model = load_reward_model(
+            args.rm_model_path,
+            flag="--rm_model_path",
+            device=policy.device,
+            eos_id=policy.generation_config.eos_token_id,
+        )
+    return Critic(model.base_model, model.config.hidden_size, mean_reward)
+
+
+def main(args: argparse.Namespace) -> None:
+    runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    say(runtime.notice)
+    say(warn_of_little_exploration(args))
+    flag, path = "--sft_model_path", args.sft_model_path
+    config = read_config(path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
+    tokenizer = load_tokenizer(path, config, flag=flag)
+    train = load_prompts(args, tokenizer, "train", args.max_samples)
+    heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
+    score, mean_reward = load_scorer(args, tokenizer, runtime)
+    # Every dropout is at 0: PPO compares numbers of forwards that must be the same function.
+    policy = load_policy(path, flag=flag, device=runtime.device)
+    ref_policy = load_policy(path, flag=flag, device=runtime.device).requires_grad_(False)
+    sampling = Sampling(
+        do_sampling=args.do_sampling,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_gen_len=args.min_gen_len,
+        max_new_tokens=args.max_new_tokens,
+        max_len=args.max_len,
+        eos_id=tokenizer.eos_token_id,
+        early_end_ids=early_end_ids(tokenizer),
+    )
+    set_generation_defaults(policy, tokenizer, **sampling.generation_config())
+    actors = Actors(policy, ref_policy, None, args.temperature, args.micro_batch_size, runtime)
+    setup = Setup(args, tokenizer, sampling, score, actors)
+
+    plan = plan_epochs(
+        [len(ids) for ids in train.ids],
+        args.batch_size,
+        num_epochs=args.num_outer_epoch,
+        max_steps=args.max_steps,
+        seed=args.seed,
+    )
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="ppo",
+        model=model_name(path, flag=flag),
+        arguments=vars(args),
+        parent=path,
+        data=fingerprint(args.data_dir),
+    )
+    say(folder.notice)
+    metrics = Metrics(
+        folder.path,
+        num_steps=sum(map(len, plan)),
+        log_step=args.log_step,
+        report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
+        console=CONSOLE,
+    )
+    untrained = evaluate(setup, heldout)
+    metrics.add_epoch(0, untrained)
+    if mean_reward is None:
+        mean_reward = untrained["eval_scores"]
+    critic = load_critic(args, policy, mean_reward).to(runtime.device)
+    setup = setup._replace(actors=actors._replace(critic=critic))
+    schedules = build_schedules(args, policy, critic, plan)
+
+    for epoch, batches in enumerate(plan, start=1):
+        for i, rows in enumerate(batches, start=1):
+            # 1 rollout: write a response to each prompt
+            rollout, responses = roll_out(setup, train, rows, step=metrics.step + 1)
+            mask = rollout.batch.response_mask  # (B, R)
+            # 2 score: judge whole responses; one that did not end by itself pays for it
+            texts = [train.texts[row] for row in rows]
+            scores = score_responses(setup, texts, responses, rollout)  # (B,)
+            # 3 reward: the score on the last token, the KL penalty on every token
+            numbers = token_numbers(setup.actors, rollout)  # (B, R) each
+            if metrics.step == 0:
+                check_ratio_is_one(setup.actors, rollout, numbers)
+            rewards = token_rewards(
+                scores, numbers.kl, mask, beta=args.beta, max_kl_div=args.max_kl_div
+            )  # (B, R)
+            # 4 advantage: how much better than the critic expected, in units of its spread
+            advantages, returns = gae(
+                rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
+            )  # (B, R) each
+            advantages = masked_whiten(advantages, mask)
+            # 5 update: several passes of clipped gradient steps over the rollout
+            learning_rate = schedules[0].get_last_lr()[0]
+            updates = update(
+                setup,
+                schedules,
+                rollout,
+                numbers,
+                advantages,
+                returns,
+                step=metrics.step + 1,
+            )
+            # 6 report
+            report = {
+                **rollout_metrics(scores, numbers, mask, rollout.ended, beta=args.beta),
+                **updates,
+                "guarded_kl": masked_mean((numbers.kl.abs() > args.max_kl_div).float(), mask),
+                "explained_variance": explained_variance(numbers.values, returns, mask),
+                "lr": learning_rate,
+            }
+            num_tokens = sum(len(train.ids[row]) for row in rows) + int(mask.sum())
+            if metrics.add(report, epoch=epoch - 1 + i / len(batches), num_tokens=num_tokens):
+                show_samples(texts, responses, scores, numbers.kl.sum(dim=1))
+        results = evaluate(setup, heldout)
+        metrics.add_epoch(epoch, results)
+        folder.save_epoch(
+            policy,
+            tokenizer,
+            epoch=epoch,
+            figure=f"reward={results['eval_scores']:.2f}",
+            objective=-results["eval_objective"],
+            facts={"metrics": results},
+        )
+    metrics.finish(
+        [
+            ["objective/scores", "eval_scores"],
+            ["objective/kl", "eval_kl"],
+            ["policy/entropy_avg"],
+            ["policy/clipfrac_avg", "policy/approxkl_avg"],
+            ["response_length"],
+            ["loss/value_avg", "explained_variance"],
+        ],
+        best=folder.path / "best",
+        next_command="sh exec_run_dpo.sh",
+    )
+
+
+def roll_out(
+    setup: Setup, prompts: Prompts, rows: Sequence[int], *, step: int
+) -> tuple[Rollout, list[str]]:
+    """Write a response to each of some prompts: as ids, and as text."""
+    with setup.actors.runtime.autocast():
+        rollout = generate(
+            setup.actors.policy,
+            [prompts.ids[row] for row in rows],
+            sampling=setup.sampling,
+            noise_key=(setup.args.seed, step),
+            rows=rows,
+            micro_batch_size=setup.args.micro_batch_size,
+        )
+    return rollout, [decode_response(setup.tokenizer, ids) for ids in rollout.responses()]
+
+
+def score_responses(
+    setup: Setup, prompts: list[str], responses: list[str], rollout: Rollout
+) -> Tensor:  # (B,)
+    """Score responses; one that was cut off stays as it is and pays `missing_eos_penalty`."""
+    scores = setup.score(prompts, responses, rollout.batch, rollout.ended)
+    return scores - setup.args.missing_eos_penalty * (~rollout.ended).float()
+
+
+def build_schedules(
+    args: argparse.Namespace, policy: PreTrainedModel, critic: Critic, plan: list[list[list[int]]]
+) -> list[LambdaLR]:
+    """Build an optimiser each for policy and critic, or one for both where they share a trunk."""
+    sizes = [len(rows) for batches in plan for rows in batches]
+    minibatches = sum(math.ceil(size / (args.minibatch_size or size)) for size in sizes)
+    groups = [[*policy.parameters()], [*critic.parameters()]]
+    if args.critic == "shared":
+        groups = [groups[0] + groups[1]]
+    return [
+        build_schedule(
+            group,
+            learning_rate=args.learning_rate,
+            num_steps=args.num_inner_epoch * minibatches,
+            warmup_ratio=0.0,
+        )
+        for group in groups
+    ]
+
+
+def token_terms(
+    setup: Setup,
+    rollout: Rollout,
+    rows: Tensor,
+    batch: Batch,
+    old: Numbers,
+    advantages: Tensor,
+    returns: Tensor,
+) -> dict[str, Tensor]:  # (B, R) each
+    """Losses and diagnostics of a micro-batch, which holds these rows of the rollout."""
+    args, here = setup.args, (rows, slice(batch.response_ids.shape[1]))
+    logprobs, values = policy_forward(setup.actors, rollout, rows, batch)
+    policy_losses = ppo_policy_loss(
+        logprobs, old.logprobs[here], advantages[here], epsilon=args.epsilon
+    )
+    value_losses = value_loss(values, old.values[here], returns[here], value_clip=args.value_clip)
+    with torch.no_grad():
+        log_ratio = logprobs - old.logprobs[here]
+        ratio = log_ratio.exp()
+        moved = (values - old.values[here]).abs()
+    return {
+        "loss/policy_avg": policy_losses,
+        "loss/value_avg": value_losses,
+        "policy/approxkl_avg": 0.5 * log_ratio.square(),
+        "policy/clipfrac_avg": ((ratio - 1).abs() > args.epsilon).float(),
+        "val/ratio": ratio,
+        "val/clipfrac_avg": (moved > (args.value_clip or math.inf)).float(),
+    }
+
+
+def update(
+    setup: Setup,
+    schedules: list[LambdaLR],
+    rollout: Rollout,
+    old: Numbers,
+    advantages: Tensor,  # (B, R)
+    returns: Tensor,  # (B, R)
+    *,
+    step: int,
+) -> dict[str, Tensor]:
+    """Take the optimiser steps of one rollout; returns the means of what was seen on the way.
+
+    A mean runs over the tokens of a minibatch: how it is cut into micro-batches changes nothing.
+    """
+    args, mask = setup.args, rollout.batch.response_mask
+    num_rows, totals, num_steps = len(mask), defaultdict(list), 0
+    for inner_epoch in range(args.num_inner_epoch):
+        rng = random.Random(f"{args.seed}/{step}/{inner_epoch}")
+        shuffled = rng.sample(range(num_rows), num_rows)
+        for start in range(0, num_rows, args.minibatch_size or num_rows):
+            minibatch = shuffled[start : start + (args.minibatch_size or num_rows)]
+            num_tokens = mask[minibatch].sum()
+            loss = torch.zeros((), device=mask.device)
+            parts = micro_batches_by_length(rollout.batch, minibatch, args.micro_batch_size)
+            for rows, batch in parts:
+                terms = token_terms(setup, rollout, rows, batch, old, advantages, returns)
+                means = {
+                    name: masked_sum(x, batch.response_mask) / num_tokens
+                    for name, x in terms.items()
+                }
+                value_part = args.value_loss_coeff * means["loss/value_avg"]
+                part_loss = means["loss/policy_avg"] + value_part
+                part_loss.backward()
+                loss += part_loss.detach()
+                for name, mean in means.items():
+                    totals[name].append(mean.detach())
+            grad_norm = optimizer_step(
+                schedules,
+                loss,
+                max_gradient_norm=args.max_gradient_norm,
+                where=f"rollout {step}, inner epoch {inner_epoch + 1}, rows {minibatch}",
+            )
+            totals["grad_norm"].append(grad_norm)
+            num_steps += 1
+    return {name: torch.stack(parts).sum() / num_steps for name, parts in totals.items()}
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, heldout: Prompts) -> dict[str, float]:
+    """Judge the policy on fixed prompts with fixed noise: score, KL, and their balance."""
+    rollout, responses = roll_out(setup, heldout, range(len(heldout.ids)), step=0)
+    scores = score_responses(setup, heldout.texts, responses, rollout)
+    mask = rollout.batch.response_mask
+    kl = token_numbers(setup.actors, rollout).kl.sum(dim=1)  # (B,)
+    return {
+        "eval_scores": float(scores.mean()),
+        "eval_kl": float(kl.mean()),
+        "eval_objective": float((scores - setup.args.beta * kl).mean()),
+        "eval_length": float(mask.sum(dim=1).float().mean()),
+        "eval_eos_rate": float(rollout.ended.float().mean()),
+    }
+
+
+def show_samples(prompts: list[str], responses: list[str], scores: Tensor, kl: Tensor) -> None:
+    """Print the first three responses of a rollout, with score and KL, one line each."""
+    for prompt, response, score, nats in zip(
+        prompts[:3], responses[:3], scores.tolist(), kl.tolist(), strict=False
+    ):
+        shown = [
+            repr(text if len(text) <= 60 else text[:57] + "...") for text in (prompt, response)
+        ]
+        say(f"    {shown[0]} -> {shown[1]}  score {score:.2f}  kl {nats:.2f}")
+
+
+def warn_of_little_exploration(args: argparse.Namespace) -> str:
+    """Say what sampling settings do to PPO, where they do much."""
+    if not args.do_sampling:
+        return "note: --do_sampling=false: greedy responses explore nothing; PPO can learn little"
+    if args.temperature < 0.5:
+        return (
+            f"note: --temperature={args.temperature:g} explores little: the policy can hardly"
+            " find better responses than those it prefers already; 1.0 finds more"
+        )
+    return ""
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))

@@ -1,0 +1,279 @@
+"""Reward model: learn to score a response to a prompt as the annotators did.
+
+    regression   (reward - target)^2, reward = 1 + (max_reward - 1) * sigmoid(logit)
+    pairwise     -log sigmoid(logit(better) - logit(worse)), Bradley and Terry
+
+The model is the SFT model with a head that gives one logit, read at the last token before EOS.
+Reads `.data/rm`, writes a checkpoint for every epoch into `.model/rm`. In a healthy log the loss
+falls, `eval_accuracy` rises above 0.5 and above `longer_is_better`, the accuracy of preferring the
+longer response: a model that stays below it has learned less than a ruler knows.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.arguments import Parser, add_training_arguments, count, number, positive, positive_count
+from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.checkpoints import RunFolder, model_name
+from rlhf.errors import InputError, run_script
+from rlhf.evaluation import pair_accuracy, spearman
+from rlhf.losses import pairwise_reward_loss, regression_reward_loss
+from rlhf.metrics import Metrics, say
+from rlhf.models import (
+    LANGUAGE_MODEL,
+    load_reward_model,
+    load_tokenizer,
+    read_config,
+    reward_logits,
+)
+from rlhf.optim import build_schedule, optimizer_step
+from rlhf.records import SCORED, fingerprint, read_split, score_scale
+from rlhf.rewards import pairwise_reward, regression_reward, target_rewards
+from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.tokens import Sample, count_dropped, encode_samples
+
+
+def build_parser() -> Parser:
+    parser = Parser("Reward model training on the scored responses in .data/rm.")
+    add = parser.add_argument
+    add("--seed", type=count, default=42, help="seed of the new head, order and dropout")
+    add("--data_dir", default=".data/rm", help="folder with train.jsonl and eval.jsonl")
+    add("--sft_model_path", required=True, help="SFT checkpoint to start from")
+    add("--ckpt_dir", default=".model/rm", help="folder for checkpoints")
+    add("--gpu_id", type=count, default=0, help="which CUDA device")
+    add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
+    add("--min_target_len", type=count, default=1, help="least room for a response, in tokens")
+    add("--batch_size", type=positive_count, default=16, help="responses (or pairs) in a step")
+    add("--num_epochs", type=positive_count, default=3, help="passes over the data")
+    add("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
+    add(
+        "--warmup_ratio",
+        type=number(float, least=0, below=1),
+        default=0.0,
+        help="share of the steps over which the learning rate rises",
+    )
+    add("--max_reward", type=number(float, above=1), default=5.0, help="upper end of the rewards")
+    add(
+        "--loss",
+        choices=("regression", "pairwise"),
+        default="regression",
+        help="predict the score, or the better of two",
+    )
+    add("--dropout", type=number(float, least=0, below=1), default=0.0, help="dropout probability")
+    add_training_arguments(parser, log_step=10, log_step_names=["--log_step"])
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
+
+
+class Responses:
+    """Scored responses as ids, with what is needed to train and to judge a reward model."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        tokenizer: PreTrainedTokenizerBase,
+        side: str,
+        max_samples: int,
+    ) -> None:
+        records = read_split(args.data_dir, side, SCORED, max_samples)
+        encoded = encode_samples(
+            tokenizer,
+            [record["prompt"] for record in records],
+            [record["response"] for record in records],
+            max_len=args.max_len,
+            min_len=args.min_target_len,
+        )
+        kept = [(s, record) for s, record in zip(encoded, records, strict=True) if s]
+        say(count_dropped(len(kept), len(records), side=side, max_len=args.max_len))
+        self.samples: list[Sample] = [sample for sample, _ in kept]
+        self.lengths = [sample_length(sample) for sample in self.samples]
+        self.scores = [record["score"] for _, record in kept]
+        self.prompt_ids = [record["prompt_id"] for _, record in kept]
+        self.targets = target_rewards(
+            self.scores, scale=score_scale(args.data_dir), max_reward=args.max_reward
+        )
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """All pairs of rows (better, worse) that answer the same prompt with different scores."""
+        rows_of = defaultdict(list)
+        for row, prompt_id in enumerate(self.prompt_ids):
+            rows_of[prompt_id].append(row)
+        return [
+            (a, b) if self.scores[a] > self.scores[b] else (b, a)
+            for rows in rows_of.values()
+            for a, b in combinations(rows, 2)
+            if self.scores[a] != self.scores[b]
+        ]
+
+
+def main(args: argparse.Namespace) -> None:
+    runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    say(runtime.notice)
+    flag, path = "--sft_model_path", args.sft_model_path
+    config = read_config(path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
+    tokenizer = load_tokenizer(path, config, flag=flag)
+    train = Responses(args, tokenizer, "train", args.max_samples)
+    heldout = Responses(args, tokenizer, "eval", 0)
+    pairwise = args.loss == "pairwise"
+    # An item is what --batch_size counts: one response, or a pair of them, as row numbers.
+    items = train.pairs() if pairwise else [(row,) for row in range(len(train.samples))]
+    if pairwise and not (items and heldout.pairs()):
+        raise InputError(f"--loss=pairwise: {args.data_dir} has no two scores for one prompt")
+
+    eos_id = tokenizer.eos_token_id
+    model = load_reward_model(
+        path, flag=flag, device=runtime.device, eos_id=eos_id, dropout=args.dropout
+    )
+    lengths = [max(train.lengths[row] for row in item) for item in items]
+    plan = plan_epochs(
+        lengths,
+        args.batch_size,
+        num_epochs=args.num_epochs,
+        max_steps=args.max_steps,
+        seed=args.seed,
+    )
+    num_steps = sum(map(len, plan))
+    schedule = build_schedule(
+        model.parameters(),
+        learning_rate=args.learning_rate,
+        num_steps=num_steps,
+        warmup_ratio=args.warmup_ratio,
+    )
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="rm",
+        model=model_name(path, flag=flag),
+        arguments=vars(args),
+        parent=path,
+        data=fingerprint(args.data_dir),
+    )
+    say(folder.notice)
+    metrics = Metrics(
+        folder.path,
+        num_steps=num_steps,
+        log_step=args.log_step,
+        report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
+        console=["loss", "grad_norm", "lr"],
+    )
+    metrics.add_epoch(0, evaluate(model, heldout, eos_id, args, runtime)[0])
+
+    for epoch, batches in enumerate(plan, start=1):
+        model.train()
+        for i, batch in enumerate(batches, start=1):
+            loss = torch.zeros((), device=runtime.device)
+            width, per_item = max(lengths[item] for item in batch), 2 if pairwise else 1
+            for part in micro_batches(
+                len(batch), width, args.micro_batch_size, sequences_per_row=per_item
+            ):
+                # Pairs come as all better ones, then all worse ones.
+                columns = zip(*(items[item] for item in batch[part]), strict=True)
+                rows = [row for column in columns for row in column]
+                logits = score_rows(model, train, rows, eos_id, runtime)
+                if pairwise:
+                    losses = pairwise_reward_loss(*logits.chunk(2))
+                else:
+                    rewards = regression_reward(logits, max_reward=args.max_reward)
+                    losses = regression_reward_loss(rewards, train.targets[rows].to(logits.device))
+                part_loss = losses.sum() / len(batch)
+                part_loss.backward()
+                loss += part_loss.detach()
+            learning_rate = schedule.get_last_lr()[0]
+            grad_norm = optimizer_step(
+                [schedule],
+                loss,
+                max_gradient_norm=args.max_gradient_norm,
+                where=f"step {metrics.step + 1}, rows {[items[item] for item in batch]}",
+            )
+            metrics.add(
+                {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
+                epoch=epoch - 1 + i / len(batches),
+                num_tokens=sum(train.lengths[row] for item in batch for row in items[item]),
+            )
+        results, reward = evaluate(model, heldout, eos_id, args, runtime)
+        metrics.add_epoch(epoch, results)
+        folder.save_epoch(
+            model,
+            tokenizer,
+            epoch=epoch,
+            figure=f"loss={results['eval_loss']:.4f}",
+            objective=results["eval_loss"],
+            facts={"metrics": results, "reward": reward},
+        )
+    metrics.finish(
+        [["loss", "eval_loss"], ["eval_accuracy", "longer_is_better"], ["eval_spearman"]],
+        best=folder.path / "best",
+        next_command=f"sh exec_run_ppo.sh --rm_model_path={folder.path / 'best'}",
+    )
+
+
+def score_rows(
+    model: PreTrainedModel, responses: Responses, rows: list[int], eos_id: int, runtime: Runtime
+) -> Tensor:  # (B,)
+    batch = build_batch([responses.samples[row] for row in rows], eos_id)
+    with runtime.autocast():
+        return reward_logits(model, batch.to(runtime.device), eos_id=eos_id)
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    heldout: Responses,
+    eos_id: int,
+    args: argparse.Namespace,
+    runtime: Runtime,
+) -> tuple[dict[str, float], dict[str, object]]:
+    """Judge the model on held-out responses; returns metrics, and what PPO must know of it.
+
+    Mean and standard deviation of logit and reward are taken over these responses too: they are of
+    the kind that the SFT model has learned to write.
+    """
+    model.eval()
+    logits = torch.zeros(len(heldout.samples), device=runtime.device)
+    order = sorted(range(len(heldout.samples)), key=heldout.lengths.__getitem__)
+    for part in micro_batches(len(order), heldout.lengths[order[-1]], args.micro_batch_size):
+        rows = order[part]
+        logits[rows] = score_rows(model, heldout, rows, eos_id, runtime)
+    logits = logits.cpu()
+    logit_mean = float(logits.mean())
+    if args.loss == "pairwise":
+        better, worse = torch.tensor(heldout.pairs()).T
+        losses = pairwise_reward_loss(logits[better], logits[worse])
+        rewards = pairwise_reward(logits, logit_mean=logit_mean, max_reward=args.max_reward)
+    else:
+        rewards = regression_reward(logits, max_reward=args.max_reward)
+        losses = regression_reward_loss(rewards, heldout.targets)
+    accuracy = pair_accuracy(logits.tolist(), heldout.scores, heldout.prompt_ids)
+    lengths = [len(sample.response_ids) for sample in heldout.samples]
+    metrics = {
+        "eval_loss": float(losses.mean()),
+        "eval_accuracy": accuracy.accuracy,
+        "longer_is_better": pair_accuracy(lengths, heldout.scores, heldout.prompt_ids).accuracy,
+        "num_pairs": accuracy.num_pairs,
+        "num_ties": accuracy.num_ties,
+        "eval_spearman": spearman(logits.tolist(), heldout.scores),
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+    }
+    reward = {
+        "loss": args.loss,
+        "max_reward": args.max_reward,
+        "score_scale": list(score_scale(args.data_dir)),
+        "logit_mean": logit_mean,
+        "logit_std": float(logits.std()),
+        "reward_mean": metrics["reward_mean"],
+        "reward_std": metrics["reward_std"],
+    }
+    return metrics, reward
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))

@@ -1,0 +1,204 @@
+"""Supervised fine-tuning: teach a pretrained language model to answer in the form of the data.
+
+    loss = -mean over the response tokens of log p(token | prompt, tokens before it)
+
+The mean runs over all response tokens of the optimisation batch, closing tag and EOS included;
+prompts are read but not learned. Reads `.data/sft`, writes a checkpoint for every epoch into
+`.model/sft`. In a healthy log the loss falls quickly over the first hundred steps and slowly then;
+`eval_loss` falls with it, and turns up where the model begins to memorise: `best` is the epoch
+before that.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.arguments import Parser, add_training_arguments, count, number, positive, positive_count
+from rlhf.batches import Batch, build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.checkpoints import RunFolder, model_name
+from rlhf.errors import run_script
+from rlhf.logprobs import token_logprobs
+from rlhf.masked import masked_sum
+from rlhf.metrics import Metrics, say
+from rlhf.models import (
+    LANGUAGE_MODEL,
+    load_policy,
+    load_tokenizer,
+    read_config,
+    response_states,
+    set_generation_defaults,
+)
+from rlhf.optim import build_schedule, optimizer_step
+from rlhf.records import SCORED, fingerprint, read_split
+from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.tokens import Sample, count_dropped, encode_samples
+
+
+def build_parser() -> Parser:
+    parser = Parser("Supervised fine-tuning of a causal language model on .data/sft.")
+    add = parser.add_argument
+    add("--seed", type=count, default=42, help="seed of order and dropout")
+    add("--data_dir", default=".data/sft", help="folder with train.jsonl and eval.jsonl")
+    add("--ckpt_dir", default=".model/sft", help="folder for checkpoints")
+    add("--model_id", default="openai-community/gpt2", help="base model: a Hub id or a folder")
+    add("--gpu_id", type=count, default=0, help="which CUDA device")
+    add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
+    add("--min_gen_len", type=count, default=1, help="least room for a response, in tokens")
+    add("--batch_size", type=positive_count, default=16, help="sequences in an optimiser step")
+    add("--num_epochs", type=positive_count, default=5, help="passes over the data")
+    add("--learning_rate", type=positive, default=2e-5, help="peak learning rate")
+    add(
+        "--warmup_ratio",
+        type=number(float, least=0, below=1),
+        default=0.1,
+        help="share of the steps over which the learning rate rises",
+    )
+    add("--dropout", type=number(float, least=0, below=1), default=0.0, help="dropout probability")
+    add_training_arguments(parser, log_step=10, log_step_names=["--log_step"])
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
+
+
+def load_samples(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, side: str, max_samples: int
+) -> list[Sample]:
+    records = read_split(args.data_dir, side, SCORED, max_samples)
+    encoded = encode_samples(
+        tokenizer,
+        [record["prompt"] for record in records],
+        [record["response"] for record in records],
+        max_len=args.max_len,
+        min_len=args.min_gen_len,
+    )
+    samples = [sample for sample in encoded if sample]
+    say(count_dropped(len(samples), len(records), side=side, max_len=args.max_len))
+    return samples
+
+
+def main(args: argparse.Namespace) -> None:
+    runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    say(runtime.notice)
+    config = read_config(
+        args.model_id, flag="--model_id", kind=LANGUAGE_MODEL, max_len=args.max_len
+    )
+    tokenizer = load_tokenizer(args.model_id, config, flag="--model_id")
+    train = load_samples(args, tokenizer, "train", args.max_samples)
+    heldout = load_samples(args, tokenizer, "eval", 0)
+
+    model = load_policy(
+        args.model_id, flag="--model_id", device=runtime.device, dropout=args.dropout
+    )
+    set_generation_defaults(model, tokenizer)
+    lengths = [sample_length(sample) for sample in train]
+    plan = plan_epochs(
+        lengths,
+        args.batch_size,
+        num_epochs=args.num_epochs,
+        max_steps=args.max_steps,
+        seed=args.seed,
+    )
+    num_steps = sum(map(len, plan))
+    schedule = build_schedule(
+        model.parameters(),
+        learning_rate=args.learning_rate,
+        num_steps=num_steps,
+        warmup_ratio=args.warmup_ratio,
+    )
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="sft",
+        model=model_name(args.model_id, flag="--model_id"),
+        arguments=vars(args),
+        parent=args.model_id,
+        data=fingerprint(args.data_dir),
+    )
+    say(folder.notice)
+    metrics = Metrics(
+        folder.path,
+        num_steps=num_steps,
+        log_step=args.log_step,
+        report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
+        console=["loss", "grad_norm", "lr"],
+    )
+    metrics.add_epoch(0, evaluate(model, heldout, tokenizer.eos_token_id, args, runtime))
+
+    for epoch, batches in enumerate(plan, start=1):
+        model.train()
+        for i, rows in enumerate(batches, start=1):
+            num_tokens = sum(len(train[row].response_ids) for row in rows)
+            loss = torch.zeros((), device=runtime.device)
+            width = max(lengths[row] for row in rows)
+            for part in micro_batches(len(rows), width, args.micro_batch_size):
+                batch = build_batch([train[row] for row in rows[part]], tokenizer.eos_token_id)
+                part_loss = summed_loss(model, batch.to(runtime.device), runtime) / num_tokens
+                part_loss.backward()
+                loss += part_loss.detach()
+            learning_rate = schedule.get_last_lr()[0]
+            grad_norm = optimizer_step(
+                [schedule],
+                loss,
+                max_gradient_norm=args.max_gradient_norm,
+                where=f"step {metrics.step + 1}, rows {rows}",
+            )
+            metrics.add(
+                {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
+                epoch=epoch - 1 + i / len(batches),
+                num_tokens=sum(lengths[row] for row in rows),
+            )
+        results = evaluate(model, heldout, tokenizer.eos_token_id, args, runtime)
+        metrics.add_epoch(epoch, results)
+        folder.save_epoch(
+            model,
+            tokenizer,
+            epoch=epoch,
+            figure=f"loss={results['eval_loss']:.4f}",
+            objective=results["eval_loss"],
+            facts={"metrics": results},
+        )
+    metrics.finish(
+        [["loss", "eval_loss"], ["grad_norm"], ["lr"]],
+        best=folder.path / "best",
+        next_command=f"sh exec_run_rm.sh --sft_model_path={folder.path / 'best'}",
+    )
+
+
+def summed_loss(model: PreTrainedModel, batch: Batch, runtime: Runtime) -> Tensor:
+    """Cross-entropy summed over the response tokens of a micro-batch."""
+    with runtime.autocast():
+        states = response_states(model, batch)  # (B, R, D)
+    head = model.get_output_embeddings()
+    logprobs = token_logprobs(
+        states, batch.response_ids, batch.response_mask, head, temperature=1.0
+    )  # (B, R)
+    return -masked_sum(logprobs, batch.response_mask)
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    samples: list[Sample],
+    pad_id: int,
+    args: argparse.Namespace,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Mean loss of a response token on held-out rows, and its exponential."""
+    model.eval()
+    lengths = [sample_length(sample) for sample in samples]
+    order = sorted(range(len(samples)), key=lengths.__getitem__)
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for part in micro_batches(len(order), lengths[order[-1]], args.micro_batch_size):
+        batch = build_batch([samples[row] for row in order[part]], pad_id)
+        total += summed_loss(model, batch.to(runtime.device), runtime)
+    loss = float(total) / sum(len(sample.response_ids) for sample in samples)
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))
