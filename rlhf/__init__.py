@@ -7,6 +7,7 @@
     models       policy, reference, reward model and critic
     generation   prompts to responses, in a batch
     logprobs     hidden states to log-probabilities of tokens and of sequences
+    experience   a rollout as policy, reference and critic see it, token by token
     rewards      a reward model's logit, or a Python function, to a score
     masked       means over real tokens
     advantages   scores and KL to rewards, rewards and values to advantages

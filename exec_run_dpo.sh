@@ -1,0 +1,27 @@
+#!/bin/sh
+# Trains the policy on the pairs in .data/pref, without a reward model.
+cd "$(dirname "$0")" || exit 1
+. ./exec_setup.sh
+
+exec "$PYTHON" run_dpo.py \
+    --seed=42 \
+    --sft_model_path=.model/sft/best \
+    --ckpt_dir=.model/dpo \
+    --gpu_id=0 \
+    --data_dir=.data/pref \
+    --max_len=1024 \
+    --min_gen_len=1 \
+    --num_epochs=1 \
+    --batch_size=16 \
+    --learning_rate=1e-5 \
+    --beta=0.2 \
+    --loss=dpo \
+    --dtype=auto \
+    --micro_batch_size=0 \
+    --max_gradient_norm=1.0 \
+    --log_step=100 \
+    --max_steps=0 \
+    --max_samples=0 \
+    --report_to=none \
+    --resume=auto \
+    "$@"

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Fine-tunes a language model on the responses in .data/sft.
+cd "$(dirname "$0")" || exit 1
+. ./exec_setup.sh
+
+exec "$PYTHON" run_sft.py \
+    --seed=42 \
+    --data_dir=.data/sft \
+    --ckpt_dir=.model/sft \
+    --model_id=openai-community/gpt2 \
+    --gpu_id=0 \
+    --max_len=1024 \
+    --min_gen_len=1 \
+    --batch_size=16 \
+    --num_epochs=5 \
+    --learning_rate=2e-5 \
+    --warmup_ratio=0.1 \
+    --dropout=0.0 \
+    --dtype=auto \
+    --micro_batch_size=0 \
+    --max_gradient_norm=1.0 \
+    --log_step=10 \
+    --max_steps=0 \
+    --max_samples=0 \
+    --report_to=none \
+    --resume=auto \
+    "$@"

@@ -1,0 +1,129 @@
+"""Logprobs against the plain definition: log_softmax of whole logits, then gather."""
+
+import pytest
+import torch
+
+import rlhf.logprobs
+from rlhf.logprobs import Support, sequence_logprobs, token_logprobs, token_stats
+
+B, R, D, V = 3, 5, 8, 23
+EARLY = torch.tensor([0, 4])
+
+
+@pytest.fixture
+def parts():
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, R, D, generator=rng)
+    head = torch.nn.Linear(D, V, bias=False)
+    torch.nn.init.normal_(head.weight, generator=rng)
+    mask = torch.arange(R) < torch.tensor([[5], [2], [3]])
+    return hidden, head, mask, rng
+
+
+def plain(hidden, head, ids, temperature, allowed):
+    logits = (head(hidden) / temperature).masked_fill(~allowed, -torch.inf)
+    return logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+
+
+def kept_support(rng, num_kept):
+    kept_ids = torch.stack([torch.randperm(V, generator=rng) for _ in range(B * R)])
+    kept_ids = kept_ids.view(B, R, V)[:, :, :num_kept].clone()
+    kept_ids[:, 1::2, num_kept // 2 :] = -1  # top-p keeps fewer at some positions
+    allowed = torch.zeros(B, R, V + 1, dtype=torch.bool).scatter(-1, kept_ids % (V + 1), True)
+    return Support(kept_ids.int(), EARLY, 0), allowed[..., :V], kept_ids[..., 0]
+
+
+@pytest.mark.claim(10, 24)
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+@pytest.mark.parametrize("chunk", [512, 3])
+def test_full_vocabulary(parts, temperature, chunk, monkeypatch):
+    monkeypatch.setattr(rlhf.logprobs, "CHUNK", chunk)
+    hidden, head, mask, rng = parts
+    ids = torch.randint(V, (B, R), generator=rng)
+    ours = token_logprobs(hidden, ids, mask, head, temperature=temperature)
+    theirs = plain(hidden, head, ids, temperature, torch.ones(V, dtype=torch.bool))
+    torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
+    assert ours[~mask].abs().sum() == 0
+
+
+@pytest.mark.claim(10)
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_logprobs_are_of_the_truncated_distribution(parts, temperature):
+    hidden, head, mask, rng = parts
+    support, allowed, ids = kept_support(rng, 6)
+    theirs = plain(hidden, head, ids, temperature, allowed)
+    ours = token_logprobs(hidden, ids, mask, head, temperature=temperature, support=support)
+    torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
+    stats = token_stats(hidden, ids, mask, head, temperature=temperature, support=support)
+    torch.testing.assert_close(stats.logprobs, ours)
+
+
+@pytest.mark.claim(10)
+def test_early_end_is_outside_the_support_for_the_first_positions_only(parts):
+    hidden, head, mask, rng = parts
+    ids = torch.randint(5, V, (B, R), generator=rng)
+    allowed = torch.ones(B, R, V, dtype=torch.bool)
+    allowed[:, :2, EARLY] = False
+    support = Support(None, EARLY, 2)
+    ours = token_logprobs(hidden, ids, mask, head, temperature=1.0, support=support)
+    theirs = plain(hidden, head, ids, 1.0, allowed)
+    torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.claim(10)
+def test_kept_mass_and_entropy_follow_their_definitions(parts):
+    hidden, head, mask, rng = parts
+    support, allowed, ids = kept_support(rng, 6)
+    stats = token_stats(hidden, ids, mask, head, temperature=0.7, support=support)
+    full = (head(hidden) / 0.7).softmax(dim=-1)
+    mass = (full * allowed).sum(dim=-1)
+    kept = full * allowed / mass[..., None]
+    entropy = -(kept * kept.clamp(min=1e-30).log()).sum(dim=-1)
+    torch.testing.assert_close(stats.kept_mass[mask], mass[mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(stats.entropy[mask], entropy[mask], atol=1e-5, rtol=0)
+    # Over the whole vocabulary the logprob is lower by -log of the kept mass.
+    whole = token_logprobs(hidden, ids, mask, head, temperature=0.7)
+    gap = (stats.logprobs - whole)[mask]
+    torch.testing.assert_close(gap, -mass[mask].log(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.claim(24)
+def test_gradients_equal_the_plain_ones(parts, monkeypatch):
+    monkeypatch.setattr(rlhf.logprobs, "CHUNK", 4)
+    hidden, head, mask, rng = parts
+    support, allowed, ids = kept_support(rng, 6)
+    gradients = []
+    for ours in (True, False):
+        states = hidden.clone().requires_grad_()
+        head.zero_grad()
+        if ours:
+            logprobs = token_logprobs(states, ids, mask, head, temperature=0.5, support=support)
+        else:
+            logprobs = plain(states, head, ids, 0.5, allowed)
+        (logprobs * torch.arange(R))[mask].sum().backward()
+        gradients.append((states.grad, head.weight.grad.clone()))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.claim(24)
+def test_logits_exist_for_a_few_real_tokens_at_a_time_and_in_float32(parts, monkeypatch):
+    monkeypatch.setattr(rlhf.logprobs, "CHUNK", 4)
+    hidden, head, mask, rng = parts
+    shapes = []
+
+    def watched(states):
+        assert states.dtype == torch.float32
+        shapes.append(len(states))
+        return head(states)
+
+    ids = torch.randint(V, (B, R), generator=rng)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        logprobs = token_logprobs(hidden.bfloat16(), ids, mask, watched, temperature=1.0)
+    assert shapes == [4, 4, 2] and sum(shapes) == int(mask.sum())
+    assert logprobs.dtype == torch.float32
+
+
+def test_sequence_logprob_sums_real_tokens():
+    logprobs = torch.tensor([[-1.0, -2.0, float("nan")]])
+    assert sequence_logprobs(logprobs, torch.tensor([[True, True, False]])).tolist() == [-3.0]
