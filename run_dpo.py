@@ -97,6 +97,15 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(path, config, flag=flag)
     train = load_pairs(args, tokenizer, "train", args.max_samples)
     heldout = load_pairs(args, tokenizer, "eval", 0)
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="dpo",
+        model=model_name(path, flag=flag),
+        arguments=vars(args),
+        parent=path,
+        data=fingerprint(args.data_dir),
+        resume=args.resume,
+    )
 
     # Every dropout is at 0: policy and reference are the same function until the first update, and
     # so the policy can compute the reference's logprobs before it is trained.
@@ -124,15 +133,7 @@ def main(args: argparse.Namespace) -> None:
         num_steps=num_steps,
         warmup_ratio=0.0,
     )
-    folder = RunFolder(
-        args.ckpt_dir,
-        stage="dpo",
-        model=model_name(path, flag=flag),
-        arguments=vars(args),
-        parent=path,
-        data=fingerprint(args.data_dir),
-    )
-    say(folder.notice)
+    say(folder.start())
     save_tensors(cache, ref_logprobs, fingerprint=made_from)
     metrics = Metrics(
         folder.path,

@@ -199,6 +199,15 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(path, config, flag=flag)
     train = load_prompts(args, tokenizer, "train", args.max_samples)
     heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="ppo",
+        model=model_name(path, flag=flag),
+        arguments=vars(args),
+        parent=path,
+        data=fingerprint(args.data_dir),
+        resume=args.resume,
+    )
     score, mean_reward = load_scorer(args, tokenizer, runtime)
     # Every dropout is at 0: PPO compares numbers of forwards that must be the same function.
     policy = load_policy(path, flag=flag, device=runtime.device)
@@ -225,15 +234,7 @@ def main(args: argparse.Namespace) -> None:
         max_steps=args.max_steps,
         seed=args.seed,
     )
-    folder = RunFolder(
-        args.ckpt_dir,
-        stage="ppo",
-        model=model_name(path, flag=flag),
-        arguments=vars(args),
-        parent=path,
-        data=fingerprint(args.data_dir),
-    )
-    say(folder.notice)
+    say(folder.start())
     metrics = Metrics(
         folder.path,
         num_steps=sum(map(len, plan)),

@@ -128,6 +128,15 @@ def main(args: argparse.Namespace) -> None:
     items = train.pairs() if pairwise else [(row,) for row in range(len(train.samples))]
     if pairwise and not (items and heldout.pairs()):
         raise InputError(f"--loss=pairwise: {args.data_dir} has no two scores for one prompt")
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="rm",
+        model=model_name(path, flag=flag),
+        arguments=vars(args),
+        parent=path,
+        data=fingerprint(args.data_dir),
+        resume=args.resume,
+    )
 
     eos_id = tokenizer.eos_token_id
     model = load_reward_model(
@@ -148,15 +157,7 @@ def main(args: argparse.Namespace) -> None:
         num_steps=num_steps,
         warmup_ratio=args.warmup_ratio,
     )
-    folder = RunFolder(
-        args.ckpt_dir,
-        stage="rm",
-        model=model_name(path, flag=flag),
-        arguments=vars(args),
-        parent=path,
-        data=fingerprint(args.data_dir),
-    )
-    say(folder.notice)
+    say(folder.start())
     metrics = Metrics(
         folder.path,
         num_steps=num_steps,

@@ -91,6 +91,15 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model_id, config, flag="--model_id")
     train = load_samples(args, tokenizer, "train", args.max_samples)
     heldout = load_samples(args, tokenizer, "eval", 0)
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="sft",
+        model=model_name(args.model_id, flag="--model_id"),
+        arguments=vars(args),
+        parent=args.model_id,
+        data=fingerprint(args.data_dir),
+        resume=args.resume,
+    )
 
     model = load_policy(
         args.model_id, flag="--model_id", device=runtime.device, dropout=args.dropout
@@ -111,15 +120,7 @@ def main(args: argparse.Namespace) -> None:
         num_steps=num_steps,
         warmup_ratio=args.warmup_ratio,
     )
-    folder = RunFolder(
-        args.ckpt_dir,
-        stage="sft",
-        model=model_name(args.model_id, flag="--model_id"),
-        arguments=vars(args),
-        parent=args.model_id,
-        data=fingerprint(args.data_dir),
-    )
-    say(folder.notice)
+    say(folder.start())
     metrics = Metrics(
         folder.path,
         num_steps=num_steps,

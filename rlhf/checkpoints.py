@@ -125,7 +125,11 @@ def start_run_folder(folder: Path) -> str:
 
 
 class RunFolder:
-    """The folder of one run of a stage: its checkpoints, and `best`, a link to one of them."""
+    """The folder of one run of a stage: its checkpoints, and `best`, a link to one of them.
+
+    Nothing is written before `start`. Raises: InputError if `resume` is "must", since a stage that
+    was stopped leaves finished epochs behind, and no state to continue from.
+    """
 
     def __init__(
         self,
@@ -136,9 +140,11 @@ class RunFolder:
         arguments: dict[str, Any],
         parent: str,
         data: dict[str, str],
+        resume: str,
     ) -> None:
+        if resume == "must":
+            raise InputError(f"--resume=must: {path} holds no state to continue from")
         self.path = Path(path)
-        self.notice = start_run_folder(self.path)
         self.stage, self.model = stage, model
         self.lowest = math.inf
         self.facts = {
@@ -153,6 +159,10 @@ class RunFolder:
             },
             "git_commit": git_commit(),
         }
+
+    def start(self) -> str:
+        """Make the folder, empty but for earlier runs; returns where the last one went, or ""."""
+        return start_run_folder(self.path)
 
     def save_epoch(
         self,

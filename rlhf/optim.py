@@ -47,11 +47,11 @@ def optimizer_step(
     Returns the norm of the first before clipping. Raises: RunError if the loss or a norm is not
     finite; then no weight has been touched.
     """
-    norms = []
+    loss, norms = loss.detach(), []
     for schedule in schedules:
         parameters = [p for group in schedule.optimizer.param_groups for p in group["params"]]
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm))
-    if not torch.isfinite(torch.stack([loss.detach(), *norms])).all():
+    if not torch.isfinite(torch.stack([loss, *norms])).all():
         raise RunError(
             f"{where}: the loss is {float(loss):.4g} and the gradient norm {float(norms[0]):.4g};"
             " stopped before the update. A lower --learning_rate or --dtype=float32 may help"

@@ -11,6 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from rlhf.batches import Batch, build_batch
 from rlhf.tokens import Sample, prepare_tokenizer
 
+torch.set_num_threads(1)  # tiny matrices: threads would cost more than they bring
+
 EOS = "<|endoftext|>"
 TEXTS = [
     "The cat sat on the mat. What did the cat see? It saw the response of a dog.",

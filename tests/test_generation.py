@@ -78,7 +78,7 @@ def test_noise_is_a_function_of_seed_step_row_and_position():
     others = [uniform_noise(*key, rows, 50)[0] for key, rows in (((1, 3), [3]), ((0, 2), [3]))]
     assert len({float(row[0]) for row in (noise[0], noise[1], *others)}) == 4
     many = uniform_noise(0, 0, range(200), 100)
-    assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
+    assert many.min() >= 0 and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
 
 
 @pytest.mark.claim(10, 11)
@@ -89,7 +89,7 @@ def test_sampled_frequencies_follow_transformers_distribution(tokenizer, setting
     """Chi-square of 4,000 first tokens against the distribution that transformers samples from."""
     model = build_gpt2(tokenizer, seed=3)
     with torch.no_grad():
-        model.lm_head.weight[24:] *= 0  # a small effective vocabulary
+        model.lm_head.weight[24:] *= 0.01  # a small effective vocabulary, without ties
         model.lm_head.weight[:24] *= 0.5
     sampling = PLAIN._replace(max_new_tokens=1, early_end_ids=[0, 7], **settings)
     responses, _ = roll_out(model, [[11, 12]] * 4000, sampling)

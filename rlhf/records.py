@@ -1,0 +1,289 @@
+"""RECORDS: rows of data files; what `.data` holds, and how it is read, checked and written.
+
+    <data_dir>/train.jsonl, eval.jsonl   one JSON object a line, UTF-8
+    <data_dir>/../manifest.json          where the records come from, the scale of their scores
+
+Records of one's own need no manifest, no `source` and no `prompt_id`.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, cast
+
+from rlhf.errors import InputError
+from rlhf.sources import SCALE, Example, Prompt, UnusablePrompt, as_prompt, prompt_id, text_flaw
+from rlhf.sources import Message as Message
+
+SPLITS = ("sft", "rm", "pref")
+SIDES = ("train", "eval")
+MANIFEST = "manifest.json"
+REMEDY = "make it with sh exec_load_dataset.sh"
+
+
+class ScoredRecord(TypedDict):
+    """A line of the sft and rm splits."""
+
+    prompt: Prompt
+    response: str
+    score: float
+    source: str
+    prompt_id: str
+
+
+class PairRecord(TypedDict):
+    """A line of the pref split."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    source: str
+    prompt_id: str
+
+
+Record = TypeVar("Record", ScoredRecord, PairRecord)
+
+
+class Schema(NamedTuple, Generic[Record]):
+    """The fields that a kind of record must have beside its prompt; the best response first."""
+
+    texts: tuple[str, ...]
+    scores: tuple[str, ...]
+
+
+SCORED: Schema[ScoredRecord] = Schema(("response",), ("score",))
+PAIR: Schema[PairRecord] = Schema(("chosen", "rejected"), ("chosen_score", "rejected_score"))
+
+
+def read_rows(path: Path) -> Iterator[object]:
+    """Yield the rows of a file one by one; None stands for a line that is not JSON.
+
+    A .json file may hold a list, an object around one list, or an object on each line.
+
+    Raises: InputError if the file as a whole is damaged.
+    """
+    try:
+        if path.name.lower().endswith(".parquet"):
+            yield from _read_parquet(path)
+            return
+        with path.open("rb") as file:
+            gzipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if gzipped else path.open("rb") as lines:
+            if path.name.lower().endswith((".json", ".json.gz")):
+                value = _json_or_none(lines.read())
+                if isinstance(value, dict) and len(value) == 1:
+                    (value,) = value.values()
+                if isinstance(value, list):
+                    yield from value
+                    return
+                lines.seek(0)
+            # Not by datasets, which a single lone surrogate would stop.
+            yield from (_json_or_none(line) for line in lines if line.strip())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"--dataset: {path} is damaged ({error}): get it again") from error
+
+
+def _read_parquet(path: Path) -> Iterator[object]:
+    import datasets  # takes a second, which other files need not wait
+    import pyarrow
+
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would report is raised as well
+    try:  # streaming makes no second copy on the disk
+        yield from datasets.Dataset.from_parquet(glob.escape(str(path)), streaming=True)
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+        raise InputError(f"--dataset: {path} cannot be read as parquet ({error})") from error
+
+
+def _json_or_none(data: bytes) -> object:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def scored_records(example: Example, *, best_only: bool) -> Iterator[ScoredRecord]:
+    """Yield one record a response, or the best-scored response alone."""
+    best = max(example.responses, key=lambda response: response.score)
+    for response in [best] if best_only else example.responses:
+        yield ScoredRecord(
+            prompt=example.prompt,
+            response=response.text,
+            score=response.score,
+            source=example.source,
+            prompt_id=example.prompt_id,
+        )
+
+
+def pair_record(example: Example) -> PairRecord:
+    """Pair the best-scored response with the worst-scored (of equal ones, the first)."""
+    best = max(example.responses, key=lambda response: response.score)
+    worst = min(example.responses, key=lambda response: response.score)
+    return PairRecord(
+        prompt=example.prompt,
+        chosen=best.text,
+        rejected=worst.text,
+        chosen_score=best.score,
+        rejected_score=worst.score,
+        source=example.source,
+        prompt_id=example.prompt_id,
+    )
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object a line, put the file onto the disk, and return the number of lines."""
+    lines = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            lines += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return lines
+
+
+def replace_splits(data_dir: Path, finished: Path) -> None:
+    """Move the manifest and the splits in `finished` into `data_dir`, in place of the old ones.
+
+    The old ones leave (for `finished/old`) before the first new one comes, and a manifest is there
+    as long as a split is: if this is interrupted, what can be seen is whole and of one making.
+    """
+    old = finished / "old"
+    old.mkdir()
+    for name in (*SPLITS, MANIFEST):
+        if (data_dir / name).exists():
+            (data_dir / name).rename(old / name)
+    for name in (MANIFEST, *SPLITS):
+        if (finished / name).exists():
+            (finished / name).rename(data_dir / name)
+
+
+def read_split(
+    data_dir: str | Path, side: str, schema: Schema[Record], max_samples: int = 0
+) -> list[Record]:
+    """Read one side, "train" or "eval", of a split; its first `max_samples` records (0 = all).
+
+    Raises: InputError if the file is missing or empty, or naming the first line that is not a
+    record of this schema.
+    """
+    path = _split_file(data_dir, side)
+    scale = score_scale(data_dir)
+    records: list[Record] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                records.append(_checked(row, schema, scale))
+            except (ValueError, RecursionError, UnusablePrompt) as flaw:
+                raise InputError(
+                    f"--data_dir={data_dir}: {path} line {number}: {flaw or 'nested too deep'}; "
+                    f"mend this line, or replace the split: {REMEDY}"
+                ) from flaw
+            if len(records) == max_samples:
+                break
+    if not records:
+        raise InputError(f"--data_dir={data_dir}: {path} is empty; {REMEDY}")
+    return records
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """Return a prompt as one text to look at: a dialogue as `User: ...`, `Assistant: ...`."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
+
+
+def read_manifest(data_dir: str | Path) -> dict[str, Any]:
+    """Read the manifest beside a split's folder; {} where there is none.
+
+    Raises: InputError if it is not a JSON object.
+    """
+    path = Path(os.path.abspath(data_dir)).parent / MANIFEST
+    if not path.is_file():
+        return {}
+    manifest = _json_or_none(path.read_bytes())
+    if not isinstance(manifest, dict):
+        raise InputError(f"--data_dir={data_dir}: {path} is not a JSON object; {REMEDY}")
+    return manifest
+
+
+def score_scale(data_dir: str | Path) -> tuple[float, float]:
+    """Return the lowest and the highest score of the scale that a split's scores are on.
+
+    Raises: InputError if the manifest names a scale that is none.
+    """
+    scale = read_manifest(data_dir).get("score_scale", SCALE)
+    is_pair = isinstance(scale, list | tuple) and len(scale) == 2
+    if not (is_pair and all(map(_is_number, scale)) and scale[0] < scale[1]):
+        raise InputError(
+            f"--data_dir={data_dir}: score_scale in {MANIFEST} is {_shown(scale)}, expected the "
+            f"lowest and the highest score, as [1, 10]"
+        )
+    return float(scale[0]), float(scale[1])
+
+
+def fingerprint(data_dir: str | Path) -> dict[str, str]:
+    """Return the SHA-256 of both files of a split, by file name.
+
+    Raises: InputError if one is missing.
+    """
+    paths = [_split_file(data_dir, side) for side in SIDES]
+    return {path.name: sha256_of(path) for path in paths}
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _split_file(data_dir: str | Path, side: str) -> Path:
+    path = Path(data_dir) / f"{side}.jsonl"
+    if not path.is_file():
+        raise InputError(f"--data_dir={data_dir}: there is no {path}; {REMEDY}")
+    return path
+
+
+def _checked(row: object, schema: Schema[Record], scale: tuple[float, float]) -> Record:
+    """Return a row as a record; raise ValueError or UnusablePrompt with what is wrong with it."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, not {_shown(row)}")
+    for name in ("prompt", *schema.texts, *schema.scores):
+        if name not in row:
+            raise ValueError(f"has no {name!r}, only {_shown(list(row))}")
+    prompt = as_prompt(row["prompt"])
+    fields: dict[str, Any] = {"source": "user", "prompt_id": prompt_id(prompt), **row}
+    for name in (*schema.texts, "source", "prompt_id"):
+        if flaw := text_flaw(fields[name]):
+            raise ValueError(f"{name} {flaw}: {_shown(fields[name])}")
+    for name in schema.scores:
+        if not (_is_number(fields[name]) and scale[0] <= fields[name] <= scale[1]):
+            raise ValueError(
+                f"{name} is {_shown(fields[name])}, expected a number from {scale[0]:g} to "
+                f"{scale[1]:g} (score_scale in {MANIFEST} sets another scale)"
+            )
+    scores = {name: float(fields[name]) for name in schema.scores}
+    if scores[schema.scores[0]] < scores[schema.scores[-1]]:
+        raise ValueError("chosen is scored below rejected")
+    texts = {name: fields[name] for name in schema.texts}
+    record = {"prompt": prompt, **texts, **scores}
+    return cast(Record, record | {"source": fields["source"], "prompt_id": fields["prompt_id"]})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
