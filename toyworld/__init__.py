@@ -1,0 +1,13 @@
+"""A world small enough to know everything about it: its prompts, and what a good answer is.
+
+world        the words, the grammar of prompts, and `gold_reward`
+annotators   how an answer is scored: exactly, with noise, or with a liking for length
+rows         four seeded writers who answer with typical mistakes, in UltraFeedback's schema
+base_model   the tokenizer, and a small GPT-2 of seeded random weights
+__main__     `python -m toyworld` writes rows and base model, for the five scripts to run on
+report       `python -m toyworld.report` compares checkpoints on held-out prompts
+"""
+
+from toyworld.world import gold_reward
+
+__all__ = ["gold_reward"]
