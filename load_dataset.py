@@ -13,14 +13,11 @@ A healthy run keeps nearly all of an English data set; what pref loses besides a
 """
 
 import argparse
-import hashlib
 import json
-import math
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +25,21 @@ from tqdm import tqdm
 
 from rlhf.arguments import Parser, count, inner_ratio, non_negative, ratio
 from rlhf.errors import InputError, run_script
+from rlhf.files import SUFFIXES, ULTRAFEEDBACK, find_files, read_rows
+from rlhf.language import keep_language, language_filter
 from rlhf.records import (
     MANIFEST,
-    SPLITS,
     PairRecord,
     ScoredRecord,
+    describe,
     pair_record,
-    read_rows,
     replace_splits,
     scored_records,
     sha256_of,
     write_records,
 )
-from rlhf.sources import (
-    SCALE,
-    Example,
-    UnusablePrompt,
-    form_of,
-    language_filter,
-    num_responses,
-    parse_row,
-)
-
-ULTRAFEEDBACK = "openbmb/UltraFeedback"
-REPAIRED_REVISION = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # many a score of 10 was a 1 before
-SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
-HUB_TIMEOUT = 10  # seconds
-
-Splits = dict[str, dict[str, list[Example]]]  # split to side to prompts
+from rlhf.sources import Example, UnusablePrompt, form_of, num_responses, parse_row
+from rlhf.splits import SPLITS, Counts, Splits, divide_into_splits
 
 
 def build_parser() -> Parser:
@@ -107,69 +91,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     in_language = language_filter(args.language)
-    folder, files = find_files(args)
+
+    # 1. Rows
+    folder, files = find_files(args.dataset, args.dataset_revision)
+    check_files(files, args)
     print(f"reading {', '.join(file.name for file in files)}", flush=True)
+
+    # 2. Filter
     counts = Counts()
     examples = load_examples(files, args, in_language, counts)
-    splits = divide_into_splits(examples, args, counts)
+
+    # 3. Split
+    splits = divide_into_splits(
+        examples,
+        counts,
+        seed=args.seed,
+        max_samples=args.max_samples,
+        sft_ratio=args.sft_ratio,
+        rm_ratio=args.rm_ratio,
+        train_ratio=args.train_ratio,
+        min_score_gap=args.min_score_gap,
+    )
+
+    # 4. Pairs and files
     origin = {
         "dataset": args.dataset,
         "revision": None if Path(args.dataset).exists() else folder.name,
         "files": {str(file.relative_to(folder)): sha256_of(file) for file in files},
         "arguments": vars(args),
     }
-    print_summary(write_splits(splits, origin, args, counts), args)
+    manifest = write_splits(splits, origin, args, counts)
+    print_summary(manifest, args)
 
 
-@dataclass
-class Ledger:
-    """What became of all that was read: read = kept + dropped."""
-
-    read: int = 0
-    kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    def as_dict(self) -> dict[str, Any]:
-        dropped = {reason: n for reason, n in self.dropped.most_common() if n}
-        return {"read": self.read, "kept": self.kept, "dropped": dropped}
-
-
-@dataclass
-class Counts:
-    """What is counted on the way from rows to splits."""
-
-    rows: Ledger = field(default_factory=Ledger)
-    prompts: Ledger = field(default_factory=Ledger)
-    responses: Ledger = field(default_factory=Ledger)
-    forms: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    repaired_scores: int = 0
-
-    def drop_prompt(self, example: Example, reason: str) -> None:
-        """Count a prompt and its responses as dropped, after all."""
-        self.prompts.dropped[reason] += 1
-        self.responses.dropped["prompt is dropped"] += len(example.responses)
-
-
-# 1. Rows
-
-
-def find_files(args: argparse.Namespace) -> tuple[Path, list[Path]]:
-    """The folder of the data set and the files in it, sorted, without hidden ones."""
-    path = Path(args.dataset)
-    if not path.exists():
-        pinned = REPAIRED_REVISION if args.dataset == ULTRAFEEDBACK else None
-        path = download(args.dataset, args.dataset_revision or pinned)
-    folder = path if path.is_dir() else path.parent
-    files = [
-        file
-        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if file.name.lower().endswith(SUFFIXES)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    if not files:
-        raise InputError(f"--dataset={args.dataset}: no file there ends in {', '.join(SUFFIXES)}")
+def check_files(files: list[Path], args: argparse.Namespace) -> None:
+    """Stop before a file is read and replaced at once."""
     replaced = [Path(args.data_dir, split).resolve() for split in SPLITS]
     for file in files:
         if any(file.resolve().is_relative_to(folder) for folder in replaced):
@@ -177,43 +133,6 @@ def find_files(args: argparse.Namespace) -> tuple[Path, list[Path]]:
                 f"--dataset={args.dataset}: {file} is one of the splits that this run would "
                 f"replace: give it from another folder, or give another --data_dir"
             )
-    return folder, files
-
-
-def download(dataset: str, revision: str | None) -> Path:
-    """Fetch a Hub data set's files into the cache; return their folder, named by its revision.
-
-    The raw files, since `datasets.load_dataset` wants one schema for all of them, which one score
-    of another type or one lone surrogate breaks. What is in the cache serves without the Hub.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError
-
-    failures = (EntryNotFoundError, HTTPError, OSError, ValueError)
-    unreachable = None
-    try:  # snapshot_download alone waits minutes for a Hub that does not answer
-        HfApi().dataset_info(dataset, revision=revision, timeout=HUB_TIMEOUT)
-    except failures as error:
-        unreachable = error
-    try:
-        folder = snapshot_download(
-            dataset,
-            repo_type="dataset",
-            revision=revision,
-            allow_patterns=[f"*{suffix}" for suffix in SUFFIXES],
-            local_files_only=unreachable is not None,
-        )
-    except failures as error:
-        cause = unreachable or error
-        raise InputError(
-            f"--dataset={dataset}: neither a file or folder here, nor given by the Hugging Face "
-            f"Hub at revision {revision or 'main'} ({type(cause).__name__}: {str(cause)[:200]}); "
-            f"without the Hub, give a local .jsonl, .json or .parquet file"
-        ) from cause
-    return Path(folder)
-
-
-# 2. Filter
 
 
 def load_examples(
@@ -241,17 +160,18 @@ def load_examples(
         counts.forms[form] += 1
         counts.prompts.read += 1
         counts.responses.read += num_responses(row)
-        lost: Counter[str] = Counter()  # this prompt's responses
+        lost: Counter[str] = Counter()  # responses of this prompt that are dropped, by reason
         try:
             example = parse_row(row, default_source)
             counts.sources[example.source] += 1
             counts.repaired_scores += example.repaired
-            lost += example.dropped
+            lost = example.dropped
             if example.source in (args.exclude_source or []):
                 raise UnusablePrompt("source is excluded")
             if example.prompt_id in examples:
                 raise UnusablePrompt("prompt is a duplicate")
-            example = keep_language(example, args.language, in_language, lost)
+            example = keep_language(example, args.language, in_language)
+            lost = example.dropped
             if len(example.responses) < 2:
                 raise UnusablePrompt("fewer than two usable responses")
             examples[example.prompt_id] = example
@@ -261,19 +181,6 @@ def load_examples(
         counts.responses.dropped += lost
     check_loaded(examples, columns, args, counts)
     return list(examples.values())
-
-
-def keep_language(
-    example: Example, language: str, in_language: Callable[[str], bool], lost: Counter[str]
-) -> Example:
-    """Drop the responses in another language, or the prompt."""
-    prompt = example.prompt
-    text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-    if not in_language(text):
-        raise UnusablePrompt(f"prompt is not in language {language}")
-    responses = [response for response in example.responses if in_language(response.text)]
-    lost[f"response is not in language {language}"] = len(example.responses) - len(responses)
-    return example._replace(responses=responses)
 
 
 def check_loaded(
@@ -300,82 +207,10 @@ def check_loaded(
         raise InputError(f"{where}: none of {counts.rows.read} rows can be used ({told})")
 
 
-# 3. Split
-
-
-def divide_into_splits(examples: list[Example], args: argparse.Namespace, counts: Counts) -> Splits:
-    """Give each prompt to one split and one side, whatever the order of the rows."""
-
-    def place(example: Example) -> bytes:
-        return hashlib.sha256(f"{args.seed} {example.prompt_id}".encode()).digest()
-
-    examples = sorted(examples, key=place)
-    if args.max_samples:
-        for example in examples[args.max_samples :]:
-            counts.drop_prompt(example, "beyond --max_samples")
-        del examples[args.max_samples :]
-    sft, rest = divide(examples, args.sft_ratio)
-    rm, pref = divide(rest, args.rm_ratio / (1 - args.sft_ratio))
-    pref = [example for example in pref if is_comparable(example, args.min_score_gap, counts)]
-    shares = (args.sft_ratio, args.rm_ratio, 1 - args.sft_ratio - args.rm_ratio)
-    splits: Splits = {}
-    for name, part, share in zip(SPLITS, (sft, rm, pref), shares, strict=True):
-        if share == 0:
-            continue
-        train, evaluation = divide(part, args.train_ratio)
-        if not train or not evaluation:
-            # From this number on, rounding to the nearest prompt leaves one to each side.
-            least = math.floor(0.5 / min(args.train_ratio, 1 - args.train_ratio)) + 1
-            flag = f"--{name}_ratio={share}"
-            if name == "pref":
-                flag = f"--sft_ratio, --rm_ratio, --min_score_gap={args.min_score_gap} and ties"
-            raise InputError(
-                f"{flag}: of {len(examples)} usable prompts {name} gets {len(part)}, and train and "
-                f"eval at --train_ratio={args.train_ratio} take {least}: change a ratio, or give "
-                f"about {math.ceil(least / share)} prompts"
-            )
-        splits[name] = {"train": sorted(train, key=place), "eval": sorted(evaluation, key=place)}
-    return splits
-
-
-def divide(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Cut the prompts of each source at `share`, as their order stands.
-
-    What rounding adds or takes at one source carries over to the next: the whole is divided to the
-    nearest prompt, each source to within one, and a hundred sources of one prompt each still give
-    ten prompts to a share of 0.1.
-    """
-    by_source: dict[str, list[Example]] = {}
-    for example in examples:
-        by_source.setdefault(example.source, []).append(example)
-    first: list[Example] = []
-    second: list[Example] = []
-    passed = 0
-    for group in by_source.values():
-        cut = math.floor((passed + len(group)) * share + 0.5) - math.floor(passed * share + 0.5)
-        first += group[:cut]
-        second += group[cut:]
-        passed += len(group)
-    return first, second
-
-
-def is_comparable(example: Example, min_score_gap: float, counts: Counts) -> bool:
-    """Can the best and the worst response be told apart by their scores?"""
-    scores = [response.score for response in example.responses]
-    gap = max(scores) - min(scores)
-    if gap > 0 and gap >= min_score_gap:
-        return True
-    counts.drop_prompt(example, "scores tie (pref)" if gap == 0 else "score gap too small (pref)")
-    return False
-
-
-# 4. Pairs and files
-
-
 def write_splits(
     splits: Splits, origin: dict[str, Any], args: argparse.Namespace, counts: Counts
 ) -> dict[str, Any]:
-    """Write splits and manifest aside, then put them in place of the old ones; return it."""
+    """Write splits and manifest aside, then put them in place of the old; return the manifest."""
     data_dir = Path(args.data_dir)
     finished = data_dir / ".unfinished"
     shutil.rmtree(finished, ignore_errors=True)  # of a run that was killed
@@ -418,31 +253,6 @@ def write_side(
     counts.responses.kept += num_used
     counts.responses.dropped[unused] += sum(len(e.responses) for e in examples) - num_used
     return {"rows": rows, "prompts": len(examples), "sha256": sha256_of(path)}
-
-
-def describe(splits: Splits, counts: Counts) -> dict[str, Any]:
-    """The manifest's account of the prompts that are in the splits, and of those that are not."""
-    sources: dict[str, Counter[str]] = {}
-    unscored = 0
-    for split, sides in splits.items():
-        for example in sides["train"] + sides["eval"]:
-            sources.setdefault(example.source, Counter())[split] += 1
-            unscored += not example.scored
-    return {
-        "forms": counts.forms,
-        "score_scale": SCALE,
-        "repaired_scores": counts.repaired_scores,
-        "pairs_without_scores": {
-            "prompts": unscored,
-            "chosen_score": SCALE[1],
-            "rejected_score": SCALE[0],
-            "sft_responses": "best",
-        },
-        "rows": counts.rows.as_dict(),
-        "prompts": counts.prompts.as_dict(),
-        "responses": counts.responses.as_dict(),
-        "sources": {source: sources[source] for source in sorted(sources)},
-    }
 
 
 def print_summary(manifest: dict[str, Any], args: argparse.Namespace) -> None:

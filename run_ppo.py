@@ -280,10 +280,11 @@ def main(args: argparse.Namespace) -> None:
                 advantages,
                 returns,
                 step=metrics.step + 1,
+                names=rows,
             )
             # 6 report
             report = {
-                **rollout_metrics(scores, numbers, mask, rollout.ended, beta=args.beta),
+                **rollout_metrics(scores, rewards, numbers, mask, rollout.ended),
                 **updates,
                 "guarded_kl": masked_mean((numbers.kl.abs() > args.max_kl_div).float(), mask),
                 "explained_variance": explained_variance(numbers.values, returns, mask),
@@ -379,14 +380,13 @@ def token_terms(
     with torch.no_grad():
         log_ratio = logprobs - old.logprobs[here]
         ratio = log_ratio.exp()
-        moved = (values - old.values[here]).abs()
     return {
         "loss/policy_avg": policy_losses,
         "loss/value_avg": value_losses,
         "policy/approxkl_avg": 0.5 * log_ratio.square(),
-        "policy/clipfrac_avg": ((ratio - 1).abs() > args.epsilon).float(),
+        "policy/clipfrac_avg": (policy_losses > -ratio * advantages[here]).float(),
         "val/ratio": ratio,
-        "val/clipfrac_avg": (moved > (args.value_clip or math.inf)).float(),
+        "val/clipfrac_avg": (value_losses > 0.5 * (values - returns[here]).square()).float(),
     }
 
 
@@ -399,6 +399,7 @@ def update(
     returns: Tensor,  # (B, R)
     *,
     step: int,
+    names: Sequence[int],  # (B,)  what the prompts are called if something goes wrong
 ) -> dict[str, Tensor]:
     """Take the optimiser steps of one rollout; returns the means of what was seen on the way.
 
@@ -430,7 +431,7 @@ def update(
                 schedules,
                 loss,
                 max_gradient_norm=args.max_gradient_norm,
-                where=f"rollout {step}, inner epoch {inner_epoch + 1}, rows {minibatch}",
+                where=f"rollout {step}, inner epoch {inner_epoch + 1}, prompts {[names[i] for i in minibatch]}",
             )
             totals["grad_norm"].append(grad_norm)
             num_steps += 1
@@ -443,7 +444,8 @@ def evaluate(setup: Setup, heldout: Prompts) -> dict[str, float]:
     rollout, responses = roll_out(setup, heldout, range(len(heldout.ids)), step=0)
     scores = score_responses(setup, heldout.texts, responses, rollout)
     mask = rollout.batch.response_mask
-    kl = token_numbers(setup.actors, rollout).kl.sum(dim=1)  # (B,)
+    actors = setup.actors._replace(critic=None)
+    kl = token_numbers(actors, rollout).kl.sum(dim=1)  # (B,)
     return {
         "eval_scores": float(scores.mean()),
         "eval_kl": float(kl.mean()),

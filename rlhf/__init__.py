@@ -1,6 +1,9 @@
 """What the five scripts share. The modules, in the order in which data flows through them.
 
+    files        a local path or an id on the Hub to rows
     sources      rows of a public data set, in any of its forms, to one form
+    language     which texts are in the language asked for
+    splits       which prompt goes to which split and side
     records      what `.data` holds: schema, reading, writing, validation
     tokens       a record to prompt_ids and response_ids
     batches      ids to padded tensors, in a seeded, length-grouped order

@@ -22,7 +22,7 @@ def token_rewards(
     terms are often negative; to clamp them at 0 would punish the policy where it is *less* sure
     than the reference. `max_kl_div` only guards against single absurd terms, on both sides alike.
 
-    Source: InstructGPT, 2203.02155, equation 2; Ziegler et al., 1909.08593, section 2.2.
+    Source: InstructGPT, 2203.02155, equation 2; Ziegler et al., 1909.08593, equation 2.
     Raises: ValueError if the shapes do not fit.
 
     >>> token_rewards(torch.tensor([2.0]), torch.tensor([[1.0, -3.0, 9.0]]),

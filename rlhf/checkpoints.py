@@ -203,11 +203,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], *, fingerprint: str) ->
     commit(temporary, path)
 
 
-def load_tensors(path: Path, *, fingerprint: str) -> dict[str, Tensor] | None:
+def load_tensors(path: Path, *, fingerprint: str, device: torch.device) -> dict[str, Tensor] | None:
     """Read tensors back if they are there and were made from the same things."""
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt", device=str(device)) as file:
         if (file.metadata() or {}).get("fingerprint") != fingerprint:
             return None
         return {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118

@@ -95,6 +95,7 @@ def check_ratio_is_one(actors: Actors, rollout: Rollout, numbers: Numbers) -> No
     Raises: RunError, naming the two that differ.
     """
     mask, tolerance = rollout.batch.response_mask, actors.runtime.tolerance
+    actors = actors._replace(critic=None)
     new = torch.zeros_like(numbers.logprobs)
     everything = range(len(mask))
     for rows, batch in micro_batches_by_length(rollout.batch, everything, actors.micro_batch_size):
@@ -116,26 +117,26 @@ def check_ratio_is_one(actors: Actors, rollout: Rollout, numbers: Numbers) -> No
 
 def rollout_metrics(
     scores: Tensor,  # (B,)
+    rewards: Tensor,  # (B, R)  the scores and the KL penalty
     numbers: Numbers,
     mask: Tensor,  # (B, R)
     ended: Tensor,  # (B,)
-    *,
-    beta: float,
 ) -> dict[str, Tensor]:
     """What a rollout tells of the policy, under TRL's names.
 
     `objective/*` are sums over a response, averaged over responses.
     """
     kl = sequence_logprobs(numbers.kl, mask)  # (B,)
-    # k3 estimates the same KL and is never negative, but as a reward it would have another optimum.
+    # k3 estimates the same KL, as long as no token is cut off, and is never negative; but as a
+    # reward it would have another optimum.
     k3 = sequence_logprobs(torch.expm1(-numbers.kl) + numbers.kl, mask)  # (B,)
     return {
         "objective/kl": kl.mean(),
         "objective/kl_k3": k3.mean(),
         "objective/entropy": -sequence_logprobs(numbers.logprobs, mask).mean(),
         "objective/scores": scores.mean(),
-        "objective/non_score_reward": -beta * kl.mean(),
-        "objective/rlhf_reward": (scores - beta * kl).mean(),
+        "objective/non_score_reward": (rewards.sum(dim=1) - scores).mean(),
+        "objective/rlhf_reward": rewards.sum(dim=1).mean(),
         "policy/entropy_avg": masked_mean(numbers.entropy, mask),
         "kept_mass": masked_mean(numbers.kept_mass, mask),
         "val/num_eos_tokens": ended.sum(),

@@ -177,7 +177,7 @@ def decode(
         running = running & (steps[-1].tokens != s.eos_id) & (t + 1 < limits)
         if not running.any():
             break
-        tokens, positions = steps[-1].tokens[:, None], positions[:, -1:] + 1
+        tokens, positions = steps[-1].tokens[:, None], position_ids(mask)[:, -1:]
     return build_rollout(prompt_ids, prompt_mask, mask, steps, noise is not None, s)
 
 

@@ -74,7 +74,7 @@ def value_loss(
 
         1/2 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2)
 
-    Source: 1707.06347's code; "N implementation details of RLHF with PPO", 13.
+    Source: "The N implementation details of RLHF with PPO".
 
     >>> value_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([3.0]), value_clip=0.0)
     tensor([0.5000])

@@ -38,7 +38,7 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
 
         (x - mean) * rsqrt(var + 1e-8),  var unbiased
 
-    Source: "N implementation details of RLHF with PPO", section 3. Equal values whiten to 0.
+    Source: "The N implementation details of RLHF with PPO". Equal values whiten to 0.
 
     >>> x = torch.tensor([[1.0, 3.0], [5.0, 77.0]])
     >>> masked_whiten(x, torch.tensor([[True, True], [True, False]]))

@@ -1,4 +1,4 @@
-"""RECORDS: rows of data files; what `.data` holds, and how it is read, checked and written.
+"""RECORDS: what `.data` holds, and how it is read, checked and written.
 
     <data_dir>/train.jsonl, eval.jsonl   one JSON object a line, UTF-8
     <data_dir>/../manifest.json          where the records come from, the scale of their scores
@@ -6,24 +6,20 @@
 Records of one's own need no manifest, no `source` and no `prompt_id`.
 """
 
-import glob
-import gzip
 import hashlib
 import json
-import logging
 import math
 import os
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, cast
 
 from rlhf.errors import InputError
 from rlhf.sources import SCALE, Example, Prompt, UnusablePrompt, as_prompt, prompt_id, text_flaw
-from rlhf.sources import Message as Message
+from rlhf.splits import SIDES, SPLITS, Counts, Splits
 
-SPLITS = ("sft", "rm", "pref")
-SIDES = ("train", "eval")
 MANIFEST = "manifest.json"
 REMEDY = "make it with sh exec_load_dataset.sh"
 
@@ -64,52 +60,6 @@ SCORED: Schema[ScoredRecord] = Schema(("response",), ("score",))
 PAIR: Schema[PairRecord] = Schema(("chosen", "rejected"), ("chosen_score", "rejected_score"))
 
 
-def read_rows(path: Path) -> Iterator[object]:
-    """Yield the rows of a file one by one; None stands for a line that is not JSON.
-
-    A .json file may hold a list, an object around one list, or an object on each line.
-
-    Raises: InputError if the file as a whole is damaged.
-    """
-    try:
-        if path.name.lower().endswith(".parquet"):
-            yield from _read_parquet(path)
-            return
-        with path.open("rb") as file:
-            gzipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if gzipped else path.open("rb") as lines:
-            if path.name.lower().endswith((".json", ".json.gz")):
-                value = _json_or_none(lines.read())
-                if isinstance(value, dict) and len(value) == 1:
-                    (value,) = value.values()
-                if isinstance(value, list):
-                    yield from value
-                    return
-                lines.seek(0)
-            # Not by datasets, which a single lone surrogate would stop.
-            yield from (_json_or_none(line) for line in lines if line.strip())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"--dataset: {path} is damaged ({error}): get it again") from error
-
-
-def _read_parquet(path: Path) -> Iterator[object]:
-    import datasets  # takes a second, which other files need not wait
-    import pyarrow
-
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would report is raised as well
-    try:  # streaming makes no second copy on the disk
-        yield from datasets.Dataset.from_parquet(glob.escape(str(path)), streaming=True)
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise InputError(f"--dataset: {path} cannot be read as parquet ({error})") from error
-
-
-def _json_or_none(data: bytes) -> object:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-
-
 def scored_records(example: Example, *, best_only: bool) -> Iterator[ScoredRecord]:
     """Yield one record a response, or the best-scored response alone."""
     best = max(example.responses, key=lambda response: response.score)
@@ -148,6 +98,31 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
         file.flush()
         os.fsync(file.fileno())
     return lines
+
+
+def describe(splits: Splits, counts: Counts) -> dict[str, Any]:
+    """Return the manifest's account of what is in the splits and of what was dropped."""
+    sources: dict[str, Counter[str]] = {}
+    unscored = 0
+    for split, sides in splits.items():
+        for example in chain(*sides.values()):
+            sources.setdefault(example.source, Counter())[split] += 1
+            unscored += not example.scored
+    return {
+        "forms": counts.forms,
+        "score_scale": SCALE,
+        "repaired_scores": counts.repaired_scores,
+        "pairs_without_scores": {
+            "prompts": unscored,
+            "chosen_score": SCALE[1],
+            "rejected_score": SCALE[0],
+            "sft_responses": "best",
+        },
+        "rows": counts.rows.as_dict(),
+        "prompts": counts.prompts.as_dict(),
+        "responses": counts.responses.as_dict(),
+        "sources": dict(sorted(sources.items())),
+    }
 
 
 def replace_splits(data_dir: Path, finished: Path) -> None:
@@ -211,7 +186,10 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
     path = Path(os.path.abspath(data_dir)).parent / MANIFEST
     if not path.is_file():
         return {}
-    manifest = _json_or_none(path.read_bytes())
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        manifest = None
     if not isinstance(manifest, dict):
         raise InputError(f"--data_dir={data_dir}: {path} is not a JSON object; {REMEDY}")
     return manifest

@@ -64,7 +64,8 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     precision = dtype
     if dtype == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
-    # Beside bfloat16 products, TF32 loses nothing; beside float32 ones it would.
+    # The head's products stay float32. On states that bfloat16 has rounded already, TF32 loses
+    # nothing more; on float32 ones it would.
     torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")
     accelerate.utils.set_seed(seed)
     return Runtime(device, precision, notice)

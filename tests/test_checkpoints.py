@@ -29,9 +29,15 @@ from rlhf.errors import InputError
 FACTS = {"parent": "gpt2", "data": {"train.jsonl": "abc"}}
 
 
-def open_run(path: Path, **changes: Any) -> RunFolder:
+def build_run(path: Path, resume: str = "auto") -> RunFolder:
     facts = {"stage": "sft", "model": "gpt2", "arguments": {"seed": 42}, **FACTS}
-    return RunFolder(str(path), **(facts | changes))
+    return RunFolder(str(path), **facts, resume=resume)
+
+
+def open_run(path: Path) -> RunFolder:
+    folder = build_run(path)
+    folder.start()
+    return folder
 
 
 def save_losses(folder: RunFolder, model: Any, tokenizer: Any, losses: list[float]) -> None:
@@ -190,6 +196,24 @@ def test_an_earlier_run_is_moved_whole_and_never_overwritten(tmp_path):
     assert start_run_folder(folder) == ""  # nothing but earlier runs: nothing to move
 
 
+def test_nothing_is_written_or_moved_before_the_start(tmp_path):
+    folder = build_run(tmp_path / "sft")
+    assert names(tmp_path) == []
+    assert folder.start() == "" and names(tmp_path) == ["sft"]
+    (tmp_path / "sft" / "metrics.jsonl").touch()
+    folder = build_run(tmp_path / "sft")
+    assert names(tmp_path / "sft") == ["metrics.jsonl"]
+    assert str(tmp_path / "sft" / EARLIER / "1") in folder.start()
+
+
+def test_a_run_that_must_go_on_is_refused_where_there_is_none(tmp_path):
+    for resume in ("auto", "never"):
+        build_run(tmp_path, resume)
+    with pytest.raises(InputError, match="--resume=must: "):
+        build_run(tmp_path / "sft", "must")
+    assert names(tmp_path) == []
+
+
 def test_earlier_runs_are_counted_on_from_the_highest_number(tmp_path):
     for name in ("3", "notes"):
         (tmp_path / EARLIER / name).mkdir(parents=True)
@@ -290,7 +314,6 @@ def test_one_bit_of_one_weight_changes_the_fingerprint(gpt2):
 
 @pytest.mark.claim(22)
 def test_the_same_weights_under_other_names_have_another_fingerprint():
-    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
-    before = weights_fingerprint(model)
-    model["a"], model["b"] = model["b"], model["a"]
-    assert weights_fingerprint(model) != before
+    layer = torch.nn.Linear(2, 2)
+    one, other = torch.nn.ModuleDict({"a": layer}), torch.nn.ModuleDict({"b": layer})
+    assert weights_fingerprint(one) != weights_fingerprint(other)

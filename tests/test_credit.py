@@ -52,7 +52,7 @@ def test_ppo_learns_what_the_first_of_64_tokens_decide(tmp_path):
                 f"--min_gen_len={LENGTH}",
                 f"--max_new_tokens={LENGTH}",
                 "--missing_eos_penalty=0",
-                "--num_outer_epoch=14",
+                "--num_outer_epoch=20",
                 "--batch_size=64",
                 "--learning_rate=3e-3",
                 "--beta=0.001",

@@ -126,7 +126,11 @@ def test_rollout_metrics_worked_by_hand():
     ref_logprobs = torch.tensor([[-1.5, -1.0], [-4.0, 0.0]])
     numbers = Numbers(logprobs, mask.float(), mask.float() * 0.5, ref_logprobs, logprobs)
     metrics = rollout_metrics(
-        torch.tensor([2.0, 4.0]), numbers, mask, torch.tensor([True, False]), beta=0.1
+        torch.tensor([2.0, 4.0]),
+        torch.tensor([[-0.05, 2.1], [3.9, 0.0]]),  # beta 0.1
+        numbers,
+        mask,
+        torch.tensor([True, False]),
     )
     expected = {
         "objective/kl": 0.25,  # ((0.5 - 1) + 1) / 2

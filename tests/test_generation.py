@@ -132,6 +132,16 @@ def test_response_that_did_not_end_stays_as_it_was_sampled(tokenizer):
     assert all(a == b[: len(a)] for a, b in zip(responses, longer, strict=True))
 
 
+@pytest.mark.claim(4)
+def test_a_finished_row_never_runs_out_of_positions(tokenizer):
+    """A long prompt ends at the model's last position while a short one goes on."""
+    model = with_biased_end(build_gpt2(tokenizer), -80)  # 128 positions
+    responses, _ = roll_out(
+        model, [[11] * 120, [12, 13]], PLAIN._replace(max_len=128, max_new_tokens=0)
+    )
+    assert [len(response) for response in responses] == [8, 126]
+
+
 @pytest.mark.claim(12)
 def test_response_ends_at_its_eos(tokenizer):
     model = with_biased_end(build_gpt2(tokenizer), 80)

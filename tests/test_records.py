@@ -1,6 +1,5 @@
 """What is written can be read, and what cannot be a record ends in one line that says where."""
 
-import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -16,7 +15,6 @@ from rlhf.records import (
     pair_record,
     prompt_text,
     read_manifest,
-    read_rows,
     read_split,
     replace_splits,
     score_scale,
@@ -236,68 +234,6 @@ def test_a_pair_is_the_best_against_the_worst_and_the_first_of_equals():
 def test_a_dialogue_can_be_read_as_one_text():
     assert prompt_text("Why?") == "Why?"
     assert prompt_text(TALK) == "User: A\n\nAssistant: B\n\nUser: C"
-
-
-# --- files of rows
-
-ROWS = [{"a": 1}, {"a": 2}]
-LINES = b'{"a": 1}\n\n{"a": 2}\n'
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("x.jsonl", LINES),
-        ("x.jsonl", b"\xef\xbb\xbf" + LINES),
-        ("x.jsonl.gz", gzip.compress(LINES)),
-        ("x.jsonl", gzip.compress(LINES)),  # gzipped, whatever its name
-        ("x.json", LINES),
-        ("x.json", json.dumps(ROWS).encode()),
-        ("x.JSON", json.dumps(ROWS, indent=2).encode("utf-8-sig")),
-        ("x.json", json.dumps({"data": ROWS}).encode()),
-        ("x.json.gz", gzip.compress(json.dumps(ROWS).encode())),
-    ],
-)
-def test_json_in_any_dress_gives_its_rows(tmp_path, name, data):
-    (tmp_path / name).write_bytes(data)
-    assert list(read_rows(tmp_path / name)) == ROWS
-
-
-def test_a_json_file_of_one_object_is_one_row(tmp_path):
-    (tmp_path / "x.json").write_text('{"a": 1, "b": [2]}')
-    assert list(read_rows(tmp_path / "x.json")) == [{"a": 1, "b": [2]}]
-
-
-def test_a_line_that_is_not_json_costs_that_line_only(tmp_path):
-    broken = [b"{", b"\xff", b"[" * 100_000, b'{"a": 1} {"a": 2}']
-    (tmp_path / "x.jsonl").write_bytes(b"\n".join([b'{"a": 1}', *broken, b'{"a": 2}']))
-    assert list(read_rows(tmp_path / "x.jsonl")) == [ROWS[0], None, None, None, None, ROWS[1]]
-
-
-def test_parquet_gives_its_rows(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    folder = tmp_path / "with [glob] signs*"
-    folder.mkdir()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "x.parquet")
-    assert list(read_rows(folder / "x.parquet")) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("x.parquet", b"PAR1 and no more"),
-        ("x.parquet", b""),
-        ("x.jsonl.gz", gzip.compress(LINES * 100)[:30]),
-        ("x.jsonl.gz", b"\x1f\x8b and no more"),
-    ],
-)
-def test_a_damaged_file_ends_in_one_line_that_names_it(tmp_path, name, data, capfd):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(InputError, match=name):
-        list(read_rows(tmp_path / name))
-    assert capfd.readouterr() == ("", "")
 
 
 # --- old splits make room for new ones

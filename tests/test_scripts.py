@@ -315,6 +315,45 @@ def test_earlier_run_is_moved_whole(lineage, data_dir, tmp_path, capsys):
         assert (folder / "metrics.jsonl").is_file() and (folder / "training.png").is_file()
 
 
+@pytest.mark.claim(16)
+def test_minibatches_are_reshuffled_every_inner_epoch(lineage, data_dir, tmp_path, monkeypatch):
+    seen = []
+    real = run_ppo.micro_batches_by_length
+
+    def watched(batch, rows, size):
+        seen.append(list(rows))
+        return real(batch, rows, size)
+
+    monkeypatch.setattr(run_ppo, "micro_batches_by_length", watched)
+    run(
+        "ppo",
+        lineage,
+        data_dir,
+        *PPO,
+        "--max_steps=1",
+        "--minibatch_size=8",
+        "--num_inner_epoch=3",
+        ckpt_dir=tmp_path,
+    )
+    assert [len(minibatch) for minibatch in seen] == [8] * 6
+    epochs_seen = [seen[i] + seen[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(rows) == list(range(16)) for rows in epochs_seen)
+    assert len({tuple(rows) for rows in epochs_seen}) == 3
+
+
+@pytest.mark.claim(20)
+def test_best_of_ppo_is_highest_score_less_beta_times_kl(lineage, data_dir, tmp_path, monkeypatch):
+    judged = iter([(3.0, 0.0), (4.0, 1.0), (5.0, 9.0), (3.9, 0.4)])  # score, KL
+
+    def evaluate(setup, heldout):
+        score, kl = next(judged)
+        return {"eval_scores": score, "eval_kl": kl, "eval_objective": score - 0.2 * kl}
+
+    monkeypatch.setattr(run_ppo, "evaluate", evaluate)
+    folder = run("ppo", lineage, data_dir, *PPO, "--num_outer_epoch=3", ckpt_dir=tmp_path)
+    assert os.readlink(folder / "best") == "gpt2-tiny_ppo_epoch=3_reward=3.90"
+
+
 # Variants
 
 

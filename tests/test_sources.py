@@ -1,27 +1,19 @@
-"""Every form of row ends as the same Example, flaws are told apart, and English text survives."""
+"""Every form of row ends as the same Example, and flaws are told apart."""
 
-import gzip
-import json
-import re
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf.errors import InputError
 from rlhf.sources import (
     Response,
     UnusablePrompt,
     as_prompt,
     form_of,
-    language_filter,
     num_responses,
     parse_row,
     prompt_id,
 )
-
-REAL_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 def completion(response: object = "An answer.", score: object = 5.0, **more: Any) -> dict[str, Any]:
@@ -273,78 +265,3 @@ def test_a_prompt_ends_with_the_user():
     ):
         with pytest.raises(UnusablePrompt, match="alternate"):
             as_prompt(flawed)
-
-
-# --- language
-
-ENGLISH = [
-    "Hi",
-    "42",
-    "3.14159, 2.71828, 1.41421",
-    "🙂🙂",
-    "\u200b",
-    "???",
-    "x = [i ** 2 for i in range(10)]\nprint(sum(x))",
-    "SELECT name FROM users WHERE id = 3;",
-    "- apples\n- flour\n- two eggs",
-    "I’m sorry?",
-    "CAN YOU TELL ME WHO WROTE HARRY POTTER?",
-    "What does “Wanderlust” mean in German?",
-    "E = mc², and α + β = γ for all angles of the triangle that we drew on the board.",
-    "Translate the word 猫 into English, please.",
-]
-FOREIGN = [
-    "Wie spät ist es, und wann fährt der nächste Zug nach Berlin?",
-    "¿Dónde está la biblioteca más cercana de la ciudad?",
-    "Le chat dort sur le canapé pendant que la pluie tombe dehors.",
-    "今天天气怎么样？",
-    "Какая сегодня погода?",
-    "ما هي عاصمة فرنسا؟",
-    "東京の天気はどうですか。",
-]
-
-
-@pytest.fixture(scope="module")
-def in_english():
-    return language_filter("en")
-
-
-@pytest.mark.parametrize("text", ENGLISH)
-def test_short_prompts_code_numbers_and_lists_stay(in_english, text):
-    assert in_english(text)
-
-
-def test_curly_and_straight_quotes_get_the_same_verdict(in_english):
-    straight = '"Sí, you can say "¿Podemos encontrar un bar en (el lugar)?""'
-    curly = '“Sí, you can say "¿Podemos encontrar un bar en (el lugar)?"”'
-    assert in_english(curly) == in_english(straight)
-
-
-@pytest.mark.parametrize("text", FOREIGN)
-def test_foreign_text_goes(in_english, text):
-    assert not in_english(text)
-
-
-def test_another_language_and_any_language_can_be_asked_for():
-    german = language_filter("de")
-    assert german(FOREIGN[0])
-    assert not german("The cat sleeps on the sofa while the rain falls outside the house.")
-    assert all(map(language_filter("any"), FOREIGN))
-
-
-def test_an_unknown_language_names_those_that_are_known():
-    with pytest.raises(InputError, match=r"--language=english.*any.* de .* en "):
-        language_filter("english")
-
-
-def test_of_real_english_texts_at_most_two_in_a_thousand_are_lost(in_english):
-    path = REAL_DATA / "hh_rlhf_helpful_base_test.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in {REAL_DATA}")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    talks = "".join(row["chosen"] + row["rejected"] for row in rows)
-    texts = {text.strip() for text in re.split("\n\n(?:Human|Assistant):", talks)} - {""}
-    lost = [text for text in texts if not in_english(text)]
-    assert len(texts) > 13_000
-    assert len(lost) <= 0.002 * len(texts)

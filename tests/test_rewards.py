@@ -1,0 +1,231 @@
+"""Rewards: fixed scales, centred logits, and functions that are told what they did wrong."""
+
+import builtins
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.batches import Batch, build_batch
+from rlhf.errors import InputError, RunError
+from rlhf.models import load_reward_model, reward_logits
+from rlhf.rewards import (
+    RewardFacts,
+    pairwise_reward,
+    read_reward_facts,
+    regression_reward,
+    score_by_function,
+    score_by_model,
+    target_rewards,
+)
+from rlhf.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), "float32", "")
+FACTS = {"loss": "regression", "max_reward": 5.0, "logit_mean": 0.5, "reward_mean": 3.25}
+
+
+@pytest.mark.claim(6)
+def test_scores_are_mapped_by_the_fixed_scale_and_never_by_those_that_are_there():
+    # UltraFeedback's scale is 1 to 10: 1 + 4 * (score - 1) / 9.
+    scale = (1.0, 10.0)
+    targets = target_rewards([1.0, 4.0, 10.0], scale=scale, max_reward=5.0)
+    assert targets.tolist() == pytest.approx([1.0, 1 + 4 / 3, 5.0])
+    # A split without a 10: the same score has the same target, alone and in any company.
+    assert target_rewards([4.0], scale=scale, max_reward=5.0).tolist() == [targets[1].item()]
+    assert target_rewards([2.0, 4.0], scale=scale, max_reward=5.0)[1] == targets[1]
+
+
+@pytest.mark.claim(6)
+def test_targets_follow_scale_and_max_reward():
+    targets = target_rewards([0, 50, 100], scale=(0.0, 100.0), max_reward=3.0)
+    assert targets.tolist() == [1.0, 2.0, 3.0] and targets.dtype == torch.float32
+
+
+@pytest.mark.claim(6)
+def test_regression_reward_lies_between_one_and_max_reward():
+    # sigmoid(ln 3) = 3/4: 1 + 4 * 0.75 = 4, and 2 on the other side.
+    logits = torch.tensor([-1e4, -math.log(3), 0.0, math.log(3), 1e4])
+    rewards = regression_reward(logits, max_reward=5.0)
+    torch.testing.assert_close(rewards, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert regression_reward(torch.tensor([0.0]), max_reward=2.0).item() == 1.5
+
+
+@pytest.mark.claim(6)
+def test_pairwise_reward_is_the_centred_logit_with_a_guard_on_both_sides():
+    logits = torch.tensor([-99.0, -1.5, 0.5, 4.5, 99.0])
+    rewards = pairwise_reward(logits, logit_mean=0.5, max_reward=5.0)
+    assert rewards.tolist() == [-5.0, -2.0, 0.0, 4.0, 5.0]
+
+
+@pytest.mark.claim(6)
+def test_pairwise_reward_forgets_the_offset_that_its_loss_leaves_free():
+    logits = torch.tensor([-1.0, 2.0])
+    rewards = pairwise_reward(logits, logit_mean=0.5, max_reward=5.0)
+    moved = pairwise_reward(logits + 100, logit_mean=100.5, max_reward=5.0)
+    assert torch.equal(rewards, moved)
+    assert rewards[1] - rewards[0] == logits[1] - logits[0]  # no sigmoid in between
+
+
+@pytest.mark.claim(6)
+def test_a_model_scores_by_the_formula_that_its_run_json_names(base_path, samples):
+    torch.manual_seed(3)
+    model = load_reward_model(base_path, flag="--x", device=CPU.device, eos_id=0)
+    batch, ended = build_batch(samples, 0), torch.tensor([True, True, False])
+    with torch.no_grad():
+        logits = reward_logits(model, batch, eos_id=0)
+    assert logits.std() > 0.01
+    expected = {"regression": 1 + 4 / (1 + torch.exp(-logits)), "pairwise": logits - 0.5}
+    for loss, rewards in expected.items():
+        facts = RewardFacts(**(FACTS | {"loss": loss}))
+        for size in (0, 1, 2):
+            score = score_by_model(model, facts, runtime=CPU, micro_batch_size=size)
+            scores = score(["p"] * 3, ["r"] * 3, batch, ended)
+            torch.testing.assert_close(scores, rewards, atol=1e-5, rtol=0)
+            assert not scores.requires_grad
+
+
+def test_reward_facts_are_read_from_run_json():
+    run = {"stage": "rm", "reward": {**FACTS, "reward_std": 0.1}}
+    assert read_reward_facts(run, path="rm/best", max_reward=5.0) == RewardFacts(**FACTS)
+
+
+@pytest.mark.parametrize(
+    "run", [{}, {"reward": None}, {"reward": {"loss": "regression"}}, {"reward": [1, 2]}]
+)
+def test_a_checkpoint_without_reward_facts_is_refused(run):
+    with pytest.raises(InputError, match=r"--rm_model_path=rm/best.*run_rm\.py"):
+        read_reward_facts(run, path="rm/best", max_reward=5.0)
+
+
+def test_max_reward_must_be_the_reward_models_own():
+    with pytest.raises(InputError, match=r"--max_reward=4.*--rm_model_path=rm/best.* 5$"):
+        read_reward_facts({"reward": FACTS}, path="rm/best", max_reward=4.0)
+
+
+# Reward functions
+
+
+def write_module(folder: Path, source: str) -> str:
+    path = folder / "my_reward.py"
+    path.write_text(source, encoding="utf-8")
+    return str(path)
+
+
+def call(spec: str, prompts: list[str], responses: list[str], ended: list[bool]) -> torch.Tensor:
+    unused: Any = None
+    batch: Batch = unused  # a function sees text only
+    return score_by_function(spec)(prompts, responses, batch, torch.tensor(ended))
+
+
+LENGTHS = """
+import math
+
+BONUS = 1
+
+def helper(text):
+    return math.floor(len(text)) + BONUS
+
+def length(prompts, responses):
+    return [helper(p) + 10 * len(r) for p, r in zip(prompts, responses)]
+"""
+
+
+def test_a_function_is_taken_from_a_file(tmp_path):
+    spec = f"{write_module(tmp_path, LENGTHS)}:length"
+    scores = call(spec, ["ab", "c"], ["x", "yz"], [True, False])
+    assert scores.tolist() == [13.0, 22.0] and scores.dtype == torch.float32
+
+
+def test_a_function_is_taken_from_a_module(tmp_path, monkeypatch):
+    write_module(tmp_path, LENGTHS)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call("my_reward:length", ["ab"], ["x"], [True]).tolist() == [13.0]
+
+
+def test_the_path_of_a_file_may_hold_colons(tmp_path):
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    assert call(f"{write_module(folder, LENGTHS)}:length", ["ab"], ["x"], [True]).tolist() == [13]
+
+
+def test_a_file_is_imported_and_not_run(tmp_path):
+    path = write_module(tmp_path, f"{LENGTHS}\nif __name__ == '__main__':\n    raise ValueError\n")
+    assert call(f"{path}:length", ["ab"], ["x"], [True]).tolist() == [13.0]
+
+
+def test_a_function_learns_which_responses_ended_if_it_asks(tmp_path):
+    source = """
+def asks(prompts, responses, ended):
+    assert all(type(value) is bool for value in ended)
+    return [float(value) for value in ended]
+
+def does_not(prompts, responses):
+    return [7.0 for prompt in prompts]
+"""
+    path = write_module(tmp_path, source)
+    two = (["p", "q"], ["r", "s"], [True, False])
+    assert call(f"{path}:asks", *two).tolist() == [1.0, 0.0]
+    assert call(f"{path}:does_not", *two).tolist() == [7.0, 7.0]
+
+
+def test_a_function_may_return_a_tensor_or_whole_numbers(tmp_path):
+    path = write_module(
+        tmp_path,
+        "import torch\ndef f(prompts, responses):\n    return torch.arange(2)\n",
+    )
+    assert call(f"{path}:f", ["p", "q"], ["r", "s"], [True] * 2).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", r"returned 1 numbers for 2 prompts"),
+        ("return [1.0, 2.0, 3.0]", r"returned 3 numbers for 2 prompts"),
+        ("return [1.0, float('nan')]", r"returned nan for the prompt 'second'"),
+        ("return [float('-inf'), 1.0]", r"returned -inf for the prompt 'first'"),
+        ("return {}['x']", r"raised KeyError: 'x'; the first prompt: 'first'"),
+        ("return None", r"raised TypeError: .*; the first prompt: 'first'"),
+        ("return ['good', 'bad']", r"raised ValueError: .*'good'; the first prompt: 'first'"),
+    ],
+)
+def test_a_function_that_fails_stops_the_run_and_names_the_prompt(body, message, tmp_path):
+    path = write_module(tmp_path, f"def f(prompts, responses):\n    {body}\n")
+    with pytest.raises(RunError, match=message) as caught:
+        call(f"{path}:f", ["first", "second"], ["r", "s"], [True] * 2)
+    assert str(caught.value).startswith(f"--reward_fn={path}:f ")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("my_reward.py", "must be file.py:function or module:function"),
+        (":f", "must be file.py:function or module:function"),
+        ("my_reward.py:", "must be file.py:function or module:function"),
+        ("my_reward.py:missing", "missing"),
+        ("my_reward.py:NUMBER", "function"),
+        ("nowhere.py:f", "No such file or directory"),
+        ("no_such_module_at_all:f", "No module named 'no_such_module_at_all'"),
+        ("math:missing", "missing"),
+        ("broken.py:f", "SyntaxError"),
+        ("raising.py:f", "ZeroDivisionError"),
+    ],
+)
+def test_a_function_that_cannot_be_imported_is_an_error_of_the_argument(
+    spec, message, tmp_path, monkeypatch
+):
+    write_module(tmp_path, "NUMBER = 3\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "raising.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        score_by_function(spec)
+    assert str(caught.value).startswith(f"--reward_fn={spec}: ") and message in str(caught.value)
+
+
+def test_interruption_of_a_function_is_not_taken_for_its_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtins, "rlhf_test_error", KeyboardInterrupt, raising=False)
+    path = write_module(tmp_path, "def f(prompts, responses):\n    raise rlhf_test_error\n")
+    with pytest.raises(KeyboardInterrupt):
+        call(f"{path}:f", ["p"], ["r"], [True])

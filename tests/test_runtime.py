@@ -1,0 +1,158 @@
+"""Device, precision, seeds, trackers: what a stage runs on, and what it refuses to run on."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf.errors import InputError
+from rlhf.runtime import Runtime, installed_trackers, start_runtime, start_trackers
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch) -> Iterator[None]:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def without_cuda(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> list[torch.device]:
+    """Two GPUs that aren't there; returns what is made the current device."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU number {i}")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    return chosen
+
+
+def start(**changes: Any) -> Runtime:
+    options = {"gpu_id": 0, "dtype": "auto", "seed": 42, "report_to": "none"} | changes
+    return start_runtime(options.pop("gpu_id"), **options)
+
+
+def test_without_cuda_the_cpu_is_taken_and_said(without_cuda):
+    runtime = start(gpu_id=3)  # no GPU: its number doesn't matter
+    assert runtime.device == torch.device("cpu")
+    assert runtime.notice == "no CUDA device: running on the CPU"
+
+
+def test_the_gpu_that_was_named_is_taken_without_a_word(two_gpus):
+    runtime = start(gpu_id=1)
+    assert runtime.device == torch.device("cuda", 1) and runtime.notice == ""
+    assert two_gpus == [torch.device("cuda", 1)]
+
+
+def test_a_gpu_that_does_not_exist_is_refused_with_those_that_do(two_gpus):
+    with pytest.raises(InputError) as caught:
+        start(gpu_id=2)
+    assert str(caught.value) == (
+        "--gpu_id=2: there is no such GPU; there are 0 (GPU number 0), 1 (GPU number 1)"
+    )
+    assert two_gpus == []
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_auto_is_bfloat16_on_cuda_and_float32_on_the_cpu(dtype, monkeypatch, request):
+    request.getfixturevalue("without_cuda")
+    assert start(dtype=dtype).precision == ("float32" if dtype == "auto" else dtype)
+    request.getfixturevalue("two_gpus")
+    assert start(dtype=dtype).precision == ("bfloat16" if dtype == "auto" else dtype)
+
+
+def test_float32_products_are_exact_and_bfloat16_ones_leave_weights_alone(without_cuda):
+    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    for dtype, type_of_product, matmul in (
+        ("float32", torch.float32, "highest"),
+        ("bfloat16", torch.bfloat16, "high"),
+    ):
+        runtime = start(dtype=dtype)
+        with runtime.autocast():
+            product = layer(x)
+        assert (product.dtype, layer.weight.dtype) == (type_of_product, torch.float32)
+        assert torch.get_float32_matmul_precision() == matmul
+
+
+def test_bfloat16_is_compared_more_loosely_than_float32():
+    cpu = torch.device("cpu")
+    assert Runtime(cpu, "float32", "").tolerance == 1e-4
+    assert Runtime(cpu, "bfloat16", "").tolerance == 1e-2
+
+
+def test_a_seed_repeats_every_random_number(without_cuda):
+    draws = []
+    for seed in (7, 7, 8):
+        start(seed=seed)
+        draws.append((torch.rand(()).item(), float(np.random.rand()), random.random()))
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
+
+
+def test_several_processes_are_refused_until_a_stage_can_use_them(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE=2: "):
+        start()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process
+    start()
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr("rlhf.runtime.installed_trackers", lambda: ["tensorboard"])
+    with pytest.raises(InputError) as caught:
+        start(report_to="wandb")
+    assert str(caught.value) == "--report_to=wandb: not installed; pip install wandb"
+    for report_to in ("none", "all", "tensorboard"):
+        start(report_to=report_to)
+
+
+def test_no_tracker_means_no_file(tmp_path):
+    start_trackers("none", folder=tmp_path, arguments={"seed": 1})({"loss": 1.0}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trackers_that_exist_are_named_as_the_flag_names_them(monkeypatch):
+    monkeypatch.setattr("rlhf.runtime.get_available_trackers", lambda: ["wandb", "comet_ml"])
+    assert installed_trackers() == ["wandb"]
+
+
+@pytest.mark.filterwarnings("ignore:.log_with")
+def test_all_trackers_may_be_none_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.runtime.installed_trackers", list)
+    start_trackers("all", folder=tmp_path, arguments={"seed": 1})({"loss": 1.0}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars in TensorBoard's event files, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((e.step, e.value) for e in events.Scalars(tag))
+    return found
+
+
+def test_tensorboard_gets_the_scalars_into_the_runs_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    arguments = {"seed": 42, "beta": 0.2, "reward_fn": None, "do_sampling": True, "loss": "dpo"}
+    log = start_trackers("tensorboard", folder=tmp_path, arguments=arguments)
+    log({"loss": 0.75, "rewards/chosen": -1.5}, 1)
+    log({"loss": 0.5}, 2)
+    found = scalars(tmp_path)
+    assert found["loss"] == [(1, 0.75), (2, 0.5)]
+    assert found["rewards/chosen"] == [(1, -1.5)]
