@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.arguments import Parser, count, inner_ratio, non_negative, ratio
+from rlhf.arguments import Parser, count, inner_ratio, non_negative, ratio, seed
 from rlhf.errors import InputError, run_script
 from rlhf.files import SUFFIXES, ULTRAFEEDBACK, find_files, read_rows
 from rlhf.language import keep_language, language_filter
@@ -45,7 +45,7 @@ from rlhf.splits import SPLITS, Counts, Splits, divide_into_splits
 def build_parser() -> Parser:
     parser = Parser(description="Make the splits for SFT, the reward model, and PPO or DPO.")
     add = parser.add_argument
-    add("--seed", type=count, default=42, help="which prompts go where")
+    add("--seed", type=seed, default=42, help="which prompts go where")
     add("--data_dir", default=".data", help="the folder for the splits")
     add("--sft_ratio", type=ratio, default=0.1, help="share of the prompts for SFT (0 = no split)")
     add(

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.arguments import Parser, add_training_arguments, count, positive, positive_count
+from rlhf.arguments import Parser, add_training_arguments, count, positive, positive_count, seed
 from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.checkpoints import (
     RESUME,
     RunFolder,
     load_tensors,
-    model_name,
     save_tensors,
     weights_fingerprint,
 )
@@ -55,7 +54,7 @@ Pair = tuple[Sample, Sample]  # chosen, rejected
 def build_parser() -> Parser:
     parser = Parser("Direct preference optimisation on the pairs of .data/pref.")
     add = parser.add_argument
-    add("--seed", type=count, default=42, help="seed of the order")
+    add("--seed", type=seed, default=42, help="seed of the order")
     add("--sft_model_path", required=True, help="SFT checkpoint: first policy, and reference")
     add("--ckpt_dir", default=".model/dpo", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
@@ -100,9 +99,8 @@ def main(args: argparse.Namespace) -> None:
     folder = RunFolder(
         args.ckpt_dir,
         stage="dpo",
-        model=model_name(path, flag=flag),
+        inputs={flag: path, "--data_dir": args.data_dir},
         arguments=vars(args),
-        parent=path,
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
@@ -171,7 +169,6 @@ def main(args: argparse.Namespace) -> None:
                 num_tokens=sum(sample_length(sample) for row in rows for sample in train[row]),
             )
         results = evaluate(policy, heldout, ref_logprobs["eval"], pad_id, args, runtime)
-        metrics.add_epoch(epoch, results)
         folder.save_epoch(
             policy,
             tokenizer,
@@ -180,6 +177,7 @@ def main(args: argparse.Namespace) -> None:
             objective=results["eval_loss"],
             facts={"metrics": results},
         )
+        metrics.add_epoch(epoch, results)
     metrics.finish(
         [
             ["loss", "eval_loss"],

@@ -32,9 +32,10 @@ from rlhf.arguments import (
     positive,
     positive_count,
     ratio,
+    seed,
 )
 from rlhf.batches import Batch, micro_batches_by_length, plan_epochs
-from rlhf.checkpoints import RunFolder, model_name, read_run
+from rlhf.checkpoints import RunFolder, read_run
 from rlhf.errors import run_script
 from rlhf.experience import (
     Actors,
@@ -62,8 +63,14 @@ from rlhf.models import (
 )
 from rlhf.optim import build_schedule, optimizer_step
 from rlhf.records import PAIR, fingerprint, prompt_text, read_split
-from rlhf.rewards import Scorer, read_reward_facts, score_by_function, score_by_model
-from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.rewards import (
+    RewardFacts,
+    Scorer,
+    read_reward_facts,
+    score_by_function,
+    score_by_model,
+)
+from rlhf.runtime import start_runtime, start_trackers
 from rlhf.tokens import count_dropped, decode_response, early_end_ids, encode_prompts, has_room
 
 CONSOLE = [
@@ -81,7 +88,7 @@ def build_parser() -> Parser:
     parser = Parser("PPO on the prompts of .data/pref, against a reward model or function.")
     add = parser.add_argument
     fraction = number(float, above=0, below=1)
-    add("--seed", type=count, default=42, help="seed of order and sampling")
+    add("--seed", type=seed, default=42, help="seed of order and sampling")
     add("--sft_model_path", required=True, help="SFT checkpoint: first policy, and reference")
     add("--rm_model_path", help="reward model checkpoint; needed without --reward_fn")
     add("--ckpt_dir", default=".model/ppo", help="folder for checkpoints")
@@ -157,21 +164,17 @@ def load_prompts(
     return Prompts([ids for ids, _ in fitting], [text for _, text in fitting])
 
 
-def load_scorer(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
-) -> tuple[Scorer, float | None]:
-    """Give the score of a response, and its mean if the reward model knows it."""
-    if args.reward_fn:
-        return score_by_function(args.reward_fn), None
+def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> RewardFacts:
+    """Check that the reward model fits, before any weights are read."""
     flag, path = "--rm_model_path", args.rm_model_path
     config = read_config(path, flag=flag, kind=REWARD_MODEL, max_len=args.max_len)
     require_same_tokenizer(tokenizer, load_tokenizer(path, config, flag=flag), flag=flag)
-    facts = read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
-    model = load_reward_model(
-        path, flag=flag, device=runtime.device, eos_id=tokenizer.eos_token_id
-    ).requires_grad_(False)
-    size = args.micro_batch_size
-    return score_by_model(model, facts, runtime=runtime, micro_batch_size=size), facts.reward_mean
+    return read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
+
+
+def load_reward(args: argparse.Namespace, device: torch.device, eos_id: int) -> PreTrainedModel:
+    path = args.rm_model_path
+    return load_reward_model(path, flag="--rm_model_path", device=device, eos_id=eos_id)
 
 
 def load_critic(args: argparse.Namespace, policy: PreTrainedModel, mean_reward: float) -> Critic:
@@ -181,12 +184,7 @@ def load_critic(args: argparse.Namespace, policy: PreTrainedModel, mean_reward: 
     if args.reward_fn:
         model = load_policy(args.sft_model_path, flag="--sft_model_path", device=policy.device)
     else:
-        model = load_reward_model(
-            args.rm_model_path,
-            flag="--rm_model_path",
-            device=policy.device,
-            eos_id=policy.generation_config.eos_token_id,
-        )
+        model = load_reward(args, policy.device, policy.generation_config.eos_token_id)
     return Critic(model.base_model, model.config.hidden_size, mean_reward)
 
 
@@ -197,18 +195,27 @@ def main(args: argparse.Namespace) -> None:
     flag, path = "--sft_model_path", args.sft_model_path
     config = read_config(path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
     tokenizer = load_tokenizer(path, config, flag=flag)
+    inputs = {flag: path, "--data_dir": args.data_dir}
+    if args.reward_fn:
+        score = score_by_function(args.reward_fn)
+    else:
+        reward_facts = check_reward_model(args, tokenizer)
+        inputs["--rm_model_path"] = args.rm_model_path
     train = load_prompts(args, tokenizer, "train", args.max_samples)
     heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
     folder = RunFolder(
         args.ckpt_dir,
         stage="ppo",
-        model=model_name(path, flag=flag),
+        inputs=inputs,
         arguments=vars(args),
-        parent=path,
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
-    score, mean_reward = load_scorer(args, tokenizer, runtime)
+    if not args.reward_fn:
+        reward_model = load_reward(args, runtime.device, tokenizer.eos_token_id)
+        score = score_by_model(
+            reward_model, reward_facts, runtime=runtime, micro_batch_size=args.micro_batch_size
+        )
     # Every dropout is at 0: PPO compares numbers of forwards that must be the same function.
     policy = load_policy(path, flag=flag, device=runtime.device)
     ref_policy = load_policy(path, flag=flag, device=runtime.device).requires_grad_(False)
@@ -244,8 +251,7 @@ def main(args: argparse.Namespace) -> None:
     )
     untrained = evaluate(setup, heldout)
     metrics.add_epoch(0, untrained)
-    if mean_reward is None:
-        mean_reward = untrained["eval_scores"]
+    mean_reward = untrained["eval_scores"] if args.reward_fn else reward_facts.reward_mean
     critic = load_critic(args, policy, mean_reward).to(runtime.device)
     setup = setup._replace(actors=actors._replace(critic=critic))
     schedules = build_schedules(args, policy, critic, plan)
@@ -294,7 +300,6 @@ def main(args: argparse.Namespace) -> None:
             if metrics.add(report, epoch=epoch - 1 + i / len(batches), num_tokens=num_tokens):
                 show_samples(texts, responses, scores, numbers.kl.sum(dim=1))
         results = evaluate(setup, heldout)
-        metrics.add_epoch(epoch, results)
         folder.save_epoch(
             policy,
             tokenizer,
@@ -303,6 +308,7 @@ def main(args: argparse.Namespace) -> None:
             objective=-results["eval_objective"],
             facts={"metrics": results},
         )
+        metrics.add_epoch(epoch, results)
     metrics.finish(
         [
             ["objective/scores", "eval_scores"],
@@ -431,7 +437,7 @@ def update(
                 schedules,
                 loss,
                 max_gradient_norm=args.max_gradient_norm,
-                where=f"rollout {step}, inner epoch {inner_epoch + 1}, prompts {[names[i] for i in minibatch]}",
+                where=f"rollout {step}, prompts {[names[i] for i in minibatch]}",
             )
             totals["grad_norm"].append(grad_norm)
             num_steps += 1

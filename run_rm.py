@@ -18,9 +18,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.arguments import Parser, add_training_arguments, count, number, positive, positive_count
+from rlhf.arguments import (
+    Parser,
+    add_training_arguments,
+    count,
+    number,
+    positive,
+    positive_count,
+    seed,
+)
 from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
-from rlhf.checkpoints import RunFolder, model_name
+from rlhf.checkpoints import RunFolder
 from rlhf.errors import InputError, run_script
 from rlhf.evaluation import pair_accuracy, spearman
 from rlhf.losses import pairwise_reward_loss, regression_reward_loss
@@ -42,7 +50,7 @@ from rlhf.tokens import Sample, count_dropped, encode_samples
 def build_parser() -> Parser:
     parser = Parser("Reward model training on the scored responses in .data/rm.")
     add = parser.add_argument
-    add("--seed", type=count, default=42, help="seed of the new head, order and dropout")
+    add("--seed", type=seed, default=42, help="seed of the new head, order and dropout")
     add("--data_dir", default=".data/rm", help="folder with train.jsonl and eval.jsonl")
     add("--sft_model_path", required=True, help="SFT checkpoint to start from")
     add("--ckpt_dir", default=".model/rm", help="folder for checkpoints")
@@ -131,9 +139,8 @@ def main(args: argparse.Namespace) -> None:
     folder = RunFolder(
         args.ckpt_dir,
         stage="rm",
-        model=model_name(path, flag=flag),
+        inputs={flag: path, "--data_dir": args.data_dir},
         arguments=vars(args),
-        parent=path,
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
@@ -200,7 +207,6 @@ def main(args: argparse.Namespace) -> None:
                 num_tokens=sum(train.lengths[row] for item in batch for row in items[item]),
             )
         results, reward = evaluate(model, heldout, eos_id, args, runtime)
-        metrics.add_epoch(epoch, results)
         folder.save_epoch(
             model,
             tokenizer,
@@ -209,6 +215,7 @@ def main(args: argparse.Namespace) -> None:
             objective=results["eval_loss"],
             facts={"metrics": results, "reward": reward},
         )
+        metrics.add_epoch(epoch, results)
     metrics.finish(
         [["loss", "eval_loss"], ["eval_accuracy", "longer_is_better"], ["eval_spearman"]],
         best=folder.path / "best",

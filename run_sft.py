@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.arguments import Parser, add_training_arguments, count, number, positive, positive_count
+from rlhf.arguments import (
+    Parser,
+    add_training_arguments,
+    count,
+    number,
+    positive,
+    positive_count,
+    seed,
+)
 from rlhf.batches import Batch, build_batch, micro_batches, plan_epochs, sample_length
-from rlhf.checkpoints import RunFolder, model_name
+from rlhf.checkpoints import RunFolder
 from rlhf.errors import run_script
 from rlhf.logprobs import token_logprobs
 from rlhf.masked import masked_sum
@@ -41,7 +49,7 @@ from rlhf.tokens import Sample, count_dropped, encode_samples
 def build_parser() -> Parser:
     parser = Parser("Supervised fine-tuning of a causal language model on .data/sft.")
     add = parser.add_argument
-    add("--seed", type=count, default=42, help="seed of order and dropout")
+    add("--seed", type=seed, default=42, help="seed of order and dropout")
     add("--data_dir", default=".data/sft", help="folder with train.jsonl and eval.jsonl")
     add("--ckpt_dir", default=".model/sft", help="folder for checkpoints")
     add("--model_id", default="openai-community/gpt2", help="base model: a Hub id or a folder")
@@ -94,9 +102,8 @@ def main(args: argparse.Namespace) -> None:
     folder = RunFolder(
         args.ckpt_dir,
         stage="sft",
-        model=model_name(args.model_id, flag="--model_id"),
+        inputs={"--model_id": args.model_id, "--data_dir": args.data_dir},
         arguments=vars(args),
-        parent=args.model_id,
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
@@ -154,7 +161,6 @@ def main(args: argparse.Namespace) -> None:
                 num_tokens=sum(lengths[row] for row in rows),
             )
         results = evaluate(model, heldout, tokenizer.eos_token_id, args, runtime)
-        metrics.add_epoch(epoch, results)
         folder.save_epoch(
             model,
             tokenizer,
@@ -163,6 +169,7 @@ def main(args: argparse.Namespace) -> None:
             objective=results["eval_loss"],
             facts={"metrics": results},
         )
+        metrics.add_epoch(epoch, results)
     metrics.finish(
         [["loss", "eval_loss"], ["grad_norm"], ["lr"]],
         best=folder.path / "best",

@@ -39,7 +39,7 @@ def number(
     argparse.ArgumentTypeError: must be a whole number >= 1, not '0'
     """
     bounds = [
-        f"{sign} {bound:g}"
+        f"{sign} {bound}"
         for sign, bound in ((">=", least), (">", above), ("<=", most), ("<", below))
         if bound is not None
     ]
@@ -48,10 +48,11 @@ def number(
     def parse(text: str) -> int | float:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
+            within = math.isfinite(value)  # OverflowError: an int beyond all floats
+        except (ValueError, OverflowError):
+            within = False
         inside = (
-            math.isfinite(value)
+            within
             and (least is None or value >= least)
             and (above is None or value > above)
             and (most is None or value <= most)
@@ -66,6 +67,7 @@ def number(
 
 count = number(int, least=0)
 positive_count = number(int, least=1)
+seed = number(int, least=0, most=2**32 - 1)  # what numpy takes
 ratio = number(float, least=0, most=1)
 inner_ratio = number(float, above=0, below=1)
 positive = number(float, above=0)

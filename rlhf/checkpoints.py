@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, RunError
 
 RUN_FILE = "run.json"
 EARLIER = "earlier"
@@ -80,10 +80,10 @@ def commit(temporary: Path, final: Path) -> None:
     """Give a finished folder or file its name, so that under this name it is always whole."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
-            sync_to_disk(file)
+    for entry in [temporary, *sorted(temporary.rglob("*"))]:
+        if entry.is_file():
+            entry.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+        sync_to_disk(entry)
     os.replace(temporary, final)
     sync_to_disk(final.parent)
 
@@ -99,12 +99,43 @@ def save_checkpoint(
     """Write a checkpoint of safetensors, tokenizer and `run.json` under `folder / name`."""
     temporary = folder / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    try:
+        model.save_pretrained(temporary)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise RunError(f"{folder / name}: cannot be written ({error})") from error
     tokenizer.save_pretrained(temporary)
     text = json.dumps(without_nan(run), indent=2, ensure_ascii=False, allow_nan=False)
     (temporary / RUN_FILE).write_text(text + "\n", encoding="utf-8")
     commit(temporary, folder / name)
     return folder / name
+
+
+def is_of_a_run(entry: Path) -> bool:
+    """Tell whether a run wrote this: a checkpoint, a log, a tracker's folder, a hidden leftover."""
+    known = {"best", "metrics.jsonl", "training.png", "rlhf", RESUME, EARLIER}
+    is_leftover = entry.name.startswith(".") and ".tmp" in entry.name
+    return entry.name in known or is_leftover or (entry / RUN_FILE).is_file()
+
+
+def check_run_folder(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Check, without writing, that a run may start in `folder`, and moving what is there is safe.
+
+    `inputs` maps flags to the paths that the run reads. Raises: InputError.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--ckpt_dir={folder}: is a file; name a folder")
+    for entry in sorted(folder.iterdir()) if folder.exists() else []:
+        if not is_of_a_run(entry):
+            raise InputError(
+                f"--ckpt_dir={folder}: holds {entry.name}, which no run wrote; name a new folder"
+            )
+    for flag, path in inputs.items():
+        inside = Path(path).resolve().is_relative_to(folder.resolve())
+        if inside and Path(path).exists() and EARLIER not in Path(path).resolve().parts:
+            raise InputError(
+                f"{flag}={path} lies in --ckpt_dir={folder}, whose earlier run is about to move"
+                f" away; name another --ckpt_dir"
+            )
 
 
 def start_run_folder(folder: Path) -> str:
@@ -124,11 +155,20 @@ def start_run_folder(folder: Path) -> str:
     return f"the earlier run in {folder} is now in {destination}"
 
 
+def named_checkpoint(path: str) -> str:
+    """Follow `best` to the checkpoint that it names now; a Hub id stays as it is."""
+    if not Path(path).exists():
+        return path
+    real, here = Path(path).resolve(), Path.cwd().resolve()
+    return str(real.relative_to(here) if real.is_relative_to(here) else real)
+
+
 class RunFolder:
     """The folder of one run of a stage: its checkpoints, and `best`, a link to one of them.
 
-    Nothing is written before `start`. Raises: InputError if `resume` is "must", since a stage that
-    was stopped leaves finished epochs behind, and no state to continue from.
+    Nothing is written before `start`. `inputs` maps flags to the paths that the run reads, its
+    parent checkpoint first. Raises: InputError if the folder cannot take a run, or if `resume` is
+    "must": a stage that was stopped leaves finished epochs behind, and no state to continue from.
     """
 
     def __init__(
@@ -136,22 +176,23 @@ class RunFolder:
         path: str,
         *,
         stage: str,
-        model: str,
+        inputs: dict[str, str],
         arguments: dict[str, Any],
-        parent: str,
         data: dict[str, str],
         resume: str,
     ) -> None:
         if resume == "must":
             raise InputError(f"--resume=must: {path} holds no state to continue from")
         self.path = Path(path)
-        self.stage, self.model = stage, model
+        check_run_folder(self.path, inputs)
+        flag, parent = next(iter(inputs.items()))
+        self.stage, self.model = stage, model_name(parent, flag=flag)
         self.lowest = math.inf
         self.facts = {
             "stage": stage,
-            "model": model,
+            "model": self.model,
             "arguments": arguments,
-            "parent": parent,
+            "parent": named_checkpoint(parent),
             "data": data,
             "versions": {
                 "python": platform.python_version(),
@@ -178,6 +219,11 @@ class RunFolder:
 
         `figure` ends its name, like `loss=0.1234`; `facts` go into `run.json` beside the run's.
         """
+        if not math.isfinite(objective):
+            raise RunError(
+                f"epoch {epoch}: the evaluation gave {figure}; nothing was saved. A lower"
+                " --learning_rate or --dtype=float32 may help"
+            )
         name = f"{self.model}_{self.stage}_epoch={epoch}_{figure}"
         run = {**self.facts, "epoch": epoch, **facts}
         path = save_checkpoint(self.path, name, model=model, tokenizer=tokenizer, run=run)
@@ -199,7 +245,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], *, fingerprint: str) ->
     """Write tensors to one safetensors file, with a fingerprint of what they were made from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+    try:
+        save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+    except SafetensorError as error:
+        raise RunError(f"{path}: cannot be written ({error})") from error
     commit(temporary, path)
 
 
@@ -207,10 +256,13 @@ def load_tensors(path: Path, *, fingerprint: str, device: torch.device) -> dict[
     """Read tensors back if they are there and were made from the same things."""
     if not path.is_file():
         return None
-    with safe_open(path, "pt", device=str(device)) as file:
-        if (file.metadata() or {}).get("fingerprint") != fingerprint:
-            return None
-        return {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+            return {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:  # damaged: they are made again
+        return None
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

@@ -32,9 +32,15 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("RLHF_DEBUG") == "1":
             raise
         exit_in_one_line(name, str(error), 2 if isinstance(error, InputError) else 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("RLHF_DEBUG") == "1":
+            raise
+        remedy = "lower --micro_batch_size (to 1 if need be), then --max_len or --batch_size"
+        exit_in_one_line(name, f"out of GPU memory: {remedy}", 1)
     except KeyboardInterrupt:
         exit_in_one_line(name, "interrupted", 130)
     except OSError as error:
         if os.environ.get("RLHF_DEBUG") == "1":
             raise
-        exit_in_one_line(name, f"{error.strerror or error}: {error.filename or ''}", 1)
+        where = f": {error.filename}" if error.filename else ""
+        exit_in_one_line(name, f"{error.strerror or error}{where}", 1)

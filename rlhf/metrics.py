@@ -33,9 +33,9 @@ def format_number(value: float) -> str:
     >>> [format_number(x) for x in (3, 0.123456, 1234.5, 2e-5, float("nan"))]
     ['3', '0.1235', '1234', '2.00e-05', 'nan']
     """
-    if not math.isfinite(value) or value == int(value):
+    if not math.isfinite(value) or (value == int(value) and abs(value) < 1e6):
         return f"{value:.0f}"
-    if abs(value) < 1e-3:
+    if abs(value) < 1e-3 or abs(value) >= 1e6:
         return f"{value:.2e}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
@@ -61,7 +61,7 @@ def format_table(rows: Sequence[Mapping[str, float | str]]) -> str:
 class Metrics:
     """Collects the numbers of every step, and speaks once every `log_step` steps.
 
-    Values stay tensors until a line is due: one wait for the device a line, not one a step. All of
+    Values stay tensors until a line is due: no step waits for the device. All of
     them go to metrics.jsonl and the trackers, those named in `console` to the console.
     """
 
@@ -81,7 +81,12 @@ class Metrics:
         self.logged: list[Row] = []
         self.pending: dict[str, list[Tensor]] = defaultdict(list)
         self.num_tokens, self.since = 0, time.monotonic()
-        self.bar = tqdm(total=num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
+        self.bar = tqdm(
+            total=num_steps,
+            unit="step",
+            disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
+            leave=False,
+        )
 
     def add(self, values: Mapping[str, Tensor | float], *, epoch: float, num_tokens: int) -> bool:
         """Take the values of one step; True if they completed a log line."""
@@ -89,7 +94,7 @@ class Metrics:
         self.num_tokens += num_tokens
         self.bar.update()
         for name, value in values.items():
-            self.pending[name].append(torch.as_tensor(value, dtype=torch.float32).detach())
+            self.pending[name].append(torch.as_tensor(value, dtype=torch.float64).detach())
         if self.step % self.log_step and self.step != self.num_steps:
             return False
         row: Row = {"step": self.step, "epoch": round(epoch, 4)}
@@ -118,7 +123,8 @@ class Metrics:
         self.rows.append({"epoch": epoch, **values})
         self.write({"step": self.step, "epoch": epoch, **values})
         say("  ".join(f"{name} {format_number(v)}" for name, v in self.rows[-1].items()))
-        self.since = time.monotonic()  # the evaluation's time is not the training's
+        # The evaluation's time is not the training's, and what came before it is not timed by it.
+        self.num_tokens, self.since = 0, time.monotonic()
 
     def finish(self, panels: Sequence[Sequence[str]], *, best: Path, next_command: str) -> None:
         """Draw training.png; print the table of epochs, the best checkpoint, the next command."""

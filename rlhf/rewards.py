@@ -73,6 +73,9 @@ def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> R
         facts = RewardFacts(*(run["reward"][name] for name in RewardFacts._fields))
     except (KeyError, TypeError) as error:
         raise InputError(f"{flag}: its run.json tells no reward; train it by run_rm.py") from error
+    numbers = all(isinstance(fact, int | float) for fact in facts[1:])
+    if facts.loss not in ("regression", "pairwise") or not numbers:
+        raise InputError(f"{flag}: its run.json tells no usable reward ({facts})")
     if facts.max_reward != max_reward:
         raise InputError(
             f"--max_reward={max_reward:g}: {flag} was trained with {facts.max_reward:g}"
@@ -108,7 +111,10 @@ def score_by_function(spec: str) -> Scorer:
     """
     flag = f"--reward_fn={spec}"
     function = import_function(spec, flag=flag)
-    wants_ended = "ended" in inspect.signature(function).parameters
+    try:
+        wants_ended = "ended" in inspect.signature(function).parameters
+    except ValueError:  # some functions written in C tell nothing
+        wants_ended = False
 
     def score(prompts: list[str], responses: list[str], batch: Batch, ended: Tensor) -> Tensor:
         options = {"ended": ended.tolist()} if wants_ended else {}
@@ -134,12 +140,12 @@ def import_function(spec: str, *, flag: str) -> Callable[..., Any]:
         raise InputError(f"{flag}: must be file.py:function or module:function")
     try:
         if source.endswith(".py"):
-            function = runpy.run_path(source)[name]
+            function = runpy.run_path(source).get(name)
         else:
-            function = getattr(importlib.import_module(source), name)
-    except Exception as error:  # the user's module may raise anything while it is imported
+            function = getattr(importlib.import_module(source), name, None)
+    except (Exception, SystemExit) as error:  # a module may do anything while it is imported
         cause = f"{type(error).__name__}: {error}"
         raise InputError(f"{flag}: cannot be imported ({cause})") from error
     if not callable(function):
-        raise InputError(f"{flag}: is not a function")
+        raise InputError(f"{flag}: {source} has no function {name}")
     return function

@@ -40,10 +40,9 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     Raises: InputError if CUDA is there but not this GPU, if several processes were started, or if
     the tracker isn't installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: a stage runs in one process; start it with sh"
-        )
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size not in {"", "1"}:
+        raise InputError(f"WORLD_SIZE={world_size}: a stage runs in one process; start it with sh")
     trackers = installed_trackers()
     if report_to not in {"none", "all", *trackers}:
         raise InputError(f"--report_to={report_to}: not installed; pip install {report_to}")
@@ -85,6 +84,6 @@ def start_trackers(
     names = installed_trackers() if report_to == "all" else [report_to]
     accelerator = accelerate.Accelerator(cpu=True, log_with=names, project_dir=folder)
     accelerator.init_trackers(
-        "trackers", {name: value for name, value in arguments.items() if value is not None}
+        "rlhf", {name: value for name, value in arguments.items() if value is not None}
     )
     return lambda values, step: accelerator.log(values, step=step)

@@ -17,6 +17,7 @@ from rlhf.arguments import (
     positive,
     positive_count,
     ratio,
+    seed,
 )
 
 TRAINING_DEFAULTS = {
@@ -83,6 +84,7 @@ def test_whole_numbers_stay_whole():
         (positive_count, ["0", "-3"], "a whole number >= 1"),
         (ratio, ["-0.1", "1.1"], "a number >= 0 and <= 1"),
         (inner_ratio, ["0", "1"], "a number > 0 and < 1"),
+        (seed, ["-1", "4294967296"], "a whole number >= 0 and <= 4294967295"),
         (positive, ["0", "-1e-9"], "a number > 0"),
         (non_negative, ["-1e-9"], "a number >= 0"),
         (number(int, least=2, most=4), ["1", "5"], "a whole number >= 2 and <= 4"),
@@ -98,7 +100,7 @@ def test_numbers_beyond_their_bounds_are_refused_with_the_bound_and_the_value(
         assert str(caught.value) == f"must be {expected}, not {text!r}"
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "Infinity", "1e400"])
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "Infinity", "1e400", "9" * 400])
 def test_numbers_must_be_finite(text):
     for kind in (count, non_negative, number(float)):
         with pytest.raises(argparse.ArgumentTypeError, match="must be a"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.checkpoints import (
@@ -17,6 +18,7 @@ from rlhf.checkpoints import (
     link_best,
     load_tensors,
     model_name,
+    named_checkpoint,
     read_run,
     save_checkpoint,
     save_tensors,
@@ -24,14 +26,20 @@ from rlhf.checkpoints import (
     weights_fingerprint,
     without_nan,
 )
-from rlhf.errors import InputError
+from rlhf.errors import InputError, RunError
 
-FACTS = {"parent": "gpt2", "data": {"train.jsonl": "abc"}}
+CPU = torch.device("cpu")
 
 
-def build_run(path: Path, resume: str = "auto") -> RunFolder:
-    facts = {"stage": "sft", "model": "gpt2", "arguments": {"seed": 42}, **FACTS}
-    return RunFolder(str(path), **facts, resume=resume)
+def build_run(path: Path, resume: str = "auto", **inputs: str) -> RunFolder:
+    return RunFolder(
+        str(path),
+        stage="sft",
+        inputs={"--model_id": "openai-community/gpt2", **inputs},
+        arguments={"seed": 42},
+        data={"train.jsonl": "abc"},
+        resume=resume,
+    )
 
 
 def open_run(path: Path) -> RunFolder:
@@ -83,7 +91,7 @@ def test_run_json_tells_where_a_checkpoint_comes_from(gpt2, tokenizer, tmp_path)
         "stage": "sft",
         "model": "gpt2",
         "arguments": {"seed": 42},
-        "parent": "gpt2",
+        "parent": "openai-community/gpt2",
         "data": {"train.jsonl": "abc"},
         "epoch": 1,
         "metrics": {"eval_loss": 2.5},
@@ -142,7 +150,6 @@ def test_a_crash_before_run_json_is_written_leaves_no_checkpoint(gpt2, tokenizer
         ([3.0, 1.0, 2.0], 2),
         ([3.0, 2.0, 1.0], 3),
         ([1.0, 1.0], 1),  # of equal ones the first: less training for the same
-        ([1.0, float("nan")], 1),
         ([-1.0, -2.0], 2),  # PPO's objective is the negated one
     ],
 )
@@ -150,6 +157,30 @@ def test_best_is_a_relative_link_to_the_lowest_objective(losses, best, tmp_path,
     monkeypatch.setattr("rlhf.checkpoints.save_checkpoint", lambda folder, name, **_: folder / name)
     save_losses(open_run(tmp_path), None, None, losses)
     assert os.readlink(tmp_path / "best") == f"gpt2_sft_epoch={best}_loss={losses[best - 1]:.4f}"
+
+
+@pytest.mark.claim(25)
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_an_epoch_that_cannot_be_judged_stops_the_run_before_it_is_saved(
+    loss, gpt2, tokenizer, tmp_path
+):
+    folder = open_run(tmp_path)
+    save_losses(folder, gpt2, tokenizer, [1.0])
+    with pytest.raises(RunError, match=f"epoch 1: the evaluation gave loss={loss:.4f}"):
+        save_losses(folder, gpt2, tokenizer, [loss])
+    assert names(tmp_path) == ["best", "gpt2_sft_epoch=1_loss=1.0000"]
+
+
+def test_a_full_disk_is_an_error_in_one_line(gpt2, tokenizer, tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("rlhf.checkpoints.save_file", full)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(RunError, match=r"t\.safetensors: cannot be written .*No space left"):
+        save_tensors(tmp_path / "t.safetensors", {}, fingerprint="f")
+    with pytest.raises(RunError, match=r"/x: cannot be written .*No space left"):
+        save_checkpoint(tmp_path, "x", model=gpt2, tokenizer=tokenizer, run={})
 
 
 def test_best_is_valid_at_every_moment(tmp_path, monkeypatch):
@@ -214,6 +245,40 @@ def test_a_run_that_must_go_on_is_refused_where_there_is_none(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("foreign", ["README.md", ".git", "sft", ".env"])
+def test_what_no_run_wrote_is_never_moved(foreign, tmp_path):
+    (tmp_path / foreign).mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match=f"--ckpt_dir={tmp_path}: holds {foreign}, "):
+        build_run(tmp_path)
+    assert names(tmp_path) == sorted([foreign, "metrics.jsonl"])
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "sft").touch()
+    with pytest.raises(InputError, match=r"--ckpt_dir=.*/sft: is a file"):
+        build_run(tmp_path / "sft")
+
+
+def test_what_a_run_reads_never_moves_away_under_it(gpt2, tokenizer, tmp_path):
+    folder = open_run(tmp_path / "sft")
+    save_losses(folder, gpt2, tokenizer, [2.5])
+    best = str(tmp_path / "sft/best")
+    with pytest.raises(InputError, match=f"--sft_model_path={best} lies in --ckpt_dir="):
+        build_run(tmp_path / "sft", **{"--sft_model_path": best})
+    folder.start()  # once it stands in earlier/ it stays where it is
+    build_run(tmp_path / "sft", **{"--sft_model_path": f"{tmp_path}/sft/earlier/1/best"})
+
+
+def test_parent_is_the_checkpoint_that_best_named(tmp_path, monkeypatch):
+    (tmp_path / "sft/one").mkdir(parents=True)
+    (tmp_path / "sft/best").symlink_to("one")
+    assert named_checkpoint(f"{tmp_path}/sft/best") == f"{tmp_path}/sft/one"
+    monkeypatch.chdir(tmp_path)
+    assert named_checkpoint("sft/best") == "sft/one"
+    assert named_checkpoint("openai-community/gpt2") == "openai-community/gpt2"
+
+
 def test_earlier_runs_are_counted_on_from_the_highest_number(tmp_path):
     for name in ("3", "notes"):
         (tmp_path / EARLIER / name).mkdir(parents=True)
@@ -270,17 +335,17 @@ def test_a_missing_run_json_is_no_error_and_a_broken_one_is(tmp_path):
 @pytest.mark.claim(22)
 def test_tensors_come_back_only_for_what_they_were_made_from(tmp_path):
     path = tmp_path / ".resume" / "ref_logprobs.safetensors"
-    assert load_tensors(path, fingerprint="a") is None
+    assert load_tensors(path, fingerprint="a", device=CPU) is None
     tensors = {"train": torch.tensor([[-1.5, -2.25]]), "eval": torch.tensor([[0.1, 1e-30]])}
     save_tensors(path, tensors, fingerprint="a")
-    loaded = load_tensors(path, fingerprint="a")
+    loaded = load_tensors(path, fingerprint="a", device=CPU)
     assert loaded is not None and set(loaded) == {"train", "eval"}
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    assert load_tensors(path, fingerprint="b") is None
+    assert load_tensors(path, fingerprint="b", device=CPU) is None
     # The file can be replaced while what was read from it is in use.
     save_tensors(path, {"train": torch.zeros(1)}, fingerprint="b")
     assert torch.equal(loaded["train"], tensors["train"])
-    assert load_tensors(path, fingerprint="a") is None
+    assert load_tensors(path, fingerprint="a", device=CPU) is None
     assert names(path.parent) == [path.name]
 
 
@@ -296,7 +361,7 @@ def test_a_crash_while_saving_tensors_keeps_the_old_ones(tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf.checkpoints.save_file", half)
     with pytest.raises(Interrupted):
         save_tensors(path, {"a": torch.zeros(1)}, fingerprint="f")
-    loaded = load_tensors(path, fingerprint="f")
+    loaded = load_tensors(path, fingerprint="f", device=CPU)
     assert loaded is not None and loaded["a"].item() == 1.0
 
 

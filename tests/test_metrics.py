@@ -80,6 +80,21 @@ def test_tokens_per_second_is_tokens_over_time(tmp_path, monkeypatch):
     assert [row["tokens_per_second"] for row in logged(tmp_path)] == [5.0, 4.0]
 
 
+def test_the_time_of_an_evaluation_and_what_came_before_it_are_left_out(tmp_path, monkeypatch):
+    clock = iter([0.0, 90.0, 92.0, 92.0])
+    monkeypatch.setattr("rlhf.metrics.time.monotonic", lambda: next(clock))
+    metrics = collector(tmp_path, num_steps=2, log_step=2)
+    add_losses(metrics, [1.0])
+    metrics.add_epoch(1, {"eval_loss": 1.0})  # over at 90
+    add_losses(metrics, [1.0])  # its 10 tokens took 2 seconds
+    assert logged(tmp_path)[-1]["tokens_per_second"] == 5.0
+
+
+def test_a_learning_rate_is_logged_as_it_is(tmp_path):
+    collector(tmp_path, num_steps=1, log_step=1).add({"lr": 2e-5, "loss": 1}, epoch=1, num_tokens=1)
+    assert logged(tmp_path)[0]["lr"] == 2e-5
+
+
 def test_what_is_not_finite_is_null_in_the_file_and_nan_for_trackers(tmp_path):
     metrics = collector(tmp_path, num_steps=1, log_step=1)
     values = {"loss": torch.tensor(NAN), "kl": float("inf"), "lr": 0.5}
@@ -172,6 +187,8 @@ def test_a_metric_that_was_never_logged_does_not_stop_the_picture(tmp_path):
         (0.000999, "9.99e-04"),
         (-2e-5, "-2.00e-05"),
         (1234.5678, "1235"),
+        (1.5e304, "1.50e+304"),
+        (2e20, "2.00e+20"),
         (NAN, "nan"),
         (float("inf"), "inf"),
         (-float("inf"), "-inf"),
@@ -198,8 +215,12 @@ class Terminal(io.StringIO):
 
 
 def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(tmp_path, monkeypatch):
-    for stream, bar in ((Terminal(), True), (io.StringIO(), False)):
-        out = Terminal() if bar else io.StringIO()
+    for stream, out in (
+        (Terminal(), Terminal()),
+        (Terminal(), io.StringIO()),  # python run_sft.py | tee log
+        (io.StringIO(), Terminal()),
+    ):
+        bar = stream.isatty() and out.isatty()
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(sys, "stdout", out)
         metrics = collector(tmp_path, num_steps=1, log_step=1)

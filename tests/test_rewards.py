@@ -99,6 +99,14 @@ def test_a_checkpoint_without_reward_facts_is_refused(run):
         read_reward_facts(run, path="rm/best", max_reward=5.0)
 
 
+@pytest.mark.parametrize(
+    "change", [{"loss": "other"}, {"max_reward": "5"}, {"logit_mean": None}, {"reward_mean": None}]
+)
+def test_reward_facts_that_cannot_be_used_are_refused(change):
+    with pytest.raises(InputError, match="tells no usable reward"):
+        read_reward_facts({"reward": FACTS | change}, path="rm/best", max_reward=5.0)
+
+
 def test_max_reward_must_be_the_reward_models_own():
     with pytest.raises(InputError, match=r"--max_reward=4.*--rm_model_path=rm/best.* 5$"):
         read_reward_facts({"reward": FACTS}, path="rm/best", max_reward=4.0)
@@ -142,6 +150,10 @@ def test_a_function_is_taken_from_a_module(tmp_path, monkeypatch):
     write_module(tmp_path, LENGTHS)
     monkeypatch.syspath_prepend(tmp_path)
     assert call("my_reward:length", ["ab"], ["x"], [True]).tolist() == [13.0]
+
+
+def test_a_function_that_tells_nothing_of_its_arguments_is_given_two():
+    assert call("builtins:max", ["1"], ["2"], [True]).tolist() == [2.0]
 
 
 def test_the_path_of_a_file_may_hold_colons(tmp_path):
@@ -203,13 +215,14 @@ def test_a_function_that_fails_stops_the_run_and_names_the_prompt(body, message,
         ("my_reward.py", "must be file.py:function or module:function"),
         (":f", "must be file.py:function or module:function"),
         ("my_reward.py:", "must be file.py:function or module:function"),
-        ("my_reward.py:missing", "missing"),
-        ("my_reward.py:NUMBER", "function"),
+        ("my_reward.py:missing", "my_reward.py has no function missing"),
+        ("my_reward.py:NUMBER", "my_reward.py has no function NUMBER"),
         ("nowhere.py:f", "No such file or directory"),
         ("no_such_module_at_all:f", "No module named 'no_such_module_at_all'"),
-        ("math:missing", "missing"),
+        ("math:missing", "math has no function missing"),
         ("broken.py:f", "SyntaxError"),
         ("raising.py:f", "ZeroDivisionError"),
+        ("leaving.py:f", "SystemExit"),
     ],
 )
 def test_a_function_that_cannot_be_imported_is_an_error_of_the_argument(
@@ -218,6 +231,7 @@ def test_a_function_that_cannot_be_imported_is_an_error_of_the_argument(
     write_module(tmp_path, "NUMBER = 3\n")
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "raising.py").write_text("1 / 0\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         score_by_function(spec)

@@ -104,8 +104,9 @@ def test_several_processes_are_refused_until_a_stage_can_use_them(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="WORLD_SIZE=2: "):
         start()
-    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process
-    start()
+    for one in ("1", ""):  # torchrun with one process; a variable without a value
+        monkeypatch.setenv("WORLD_SIZE", one)
+        start()
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
