@@ -14,6 +14,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -177,15 +178,22 @@ def load_reward(args: argparse.Namespace, device: torch.device, eos_id: int) -> 
     return load_reward_model(path, flag="--rm_model_path", device=device, eos_id=eos_id)
 
 
-def load_critic(args: argparse.Namespace, policy: PreTrainedModel, mean_reward: float) -> Critic:
-    """Build a critic that says `mean_reward` at first, on the reward model's trunk if possible."""
+def load_actors(
+    args: argparse.Namespace, runtime: Runtime, eos_id: int, mean_reward: float
+) -> Actors:
+    """Load policy and reference, and a critic: on the reward model's trunk if there is one.
+
+    Every dropout is at 0: PPO compares numbers of forwards that must be the same function.
+    """
+    load = partial(load_policy, args.sft_model_path, flag="--sft_model_path", device=runtime.device)
+    policy, ref_policy = load(), load().requires_grad_(False)
     if args.critic == "shared":
-        return Critic(None, policy.config.hidden_size, mean_reward)
-    if args.reward_fn:
-        model = load_policy(args.sft_model_path, flag="--sft_model_path", device=policy.device)
+        trunk, hidden_size = None, policy.config.hidden_size
     else:
-        model = load_reward(args, policy.device, policy.generation_config.eos_token_id)
-    return Critic(model.base_model, model.config.hidden_size, mean_reward)
+        model = load() if args.reward_fn else load_reward(args, runtime.device, eos_id)
+        trunk, hidden_size = model.base_model, model.config.hidden_size
+    critic = Critic(trunk, hidden_size, mean_reward).to(runtime.device)
+    return Actors(policy, ref_policy, critic, args.temperature, args.micro_batch_size, runtime)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -211,14 +219,13 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
+    eos_id, mean_reward = tokenizer.eos_token_id, 0.0
     if not args.reward_fn:
-        reward_model = load_reward(args, runtime.device, tokenizer.eos_token_id)
-        score = score_by_model(
-            reward_model, reward_facts, runtime=runtime, micro_batch_size=args.micro_batch_size
-        )
-    # Every dropout is at 0: PPO compares numbers of forwards that must be the same function.
-    policy = load_policy(path, flag=flag, device=runtime.device)
-    ref_policy = load_policy(path, flag=flag, device=runtime.device).requires_grad_(False)
+        reward_model = load_reward(args, runtime.device, eos_id)
+        size, mean_reward = args.micro_batch_size, reward_facts.reward_mean
+        score = score_by_model(reward_model, reward_facts, runtime=runtime, micro_batch_size=size)
+    actors = load_actors(args, runtime, eos_id, mean_reward)
+    policy, critic = actors.policy, actors.critic
     sampling = Sampling(
         do_sampling=args.do_sampling,
         temperature=args.temperature,
@@ -227,11 +234,10 @@ def main(args: argparse.Namespace) -> None:
         min_gen_len=args.min_gen_len,
         max_new_tokens=args.max_new_tokens,
         max_len=args.max_len,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=eos_id,
         early_end_ids=early_end_ids(tokenizer),
     )
     set_generation_defaults(policy, tokenizer, **sampling.generation_config())
-    actors = Actors(policy, ref_policy, None, args.temperature, args.micro_batch_size, runtime)
     setup = Setup(args, tokenizer, sampling, score, actors)
 
     plan = plan_epochs(
@@ -251,9 +257,8 @@ def main(args: argparse.Namespace) -> None:
     )
     untrained = evaluate(setup, heldout)
     metrics.add_epoch(0, untrained)
-    mean_reward = untrained["eval_scores"] if args.reward_fn else reward_facts.reward_mean
-    critic = load_critic(args, policy, mean_reward).to(runtime.device)
-    setup = setup._replace(actors=actors._replace(critic=critic))
+    if args.reward_fn:
+        torch.nn.init.constant_(critic.head.bias, untrained["eval_scores"])
     schedules = build_schedules(args, policy, critic, plan)
 
     for epoch, batches in enumerate(plan, start=1):
@@ -265,9 +270,9 @@ def main(args: argparse.Namespace) -> None:
             texts = [train.texts[row] for row in rows]
             scores = score_responses(setup, texts, responses, rollout)  # (B,)
             # 3 reward: the score on the last token, the KL penalty on every token
-            numbers = token_numbers(setup.actors, rollout)  # (B, R) each
+            numbers = token_numbers(actors, rollout)  # (B, R) each
             if metrics.step == 0:
-                check_ratio_is_one(setup.actors, rollout, numbers)
+                check_ratio_is_one(actors, rollout, numbers)
             rewards = token_rewards(
                 scores, numbers.kl, mask, beta=args.beta, max_kl_div=args.max_kl_div
             )  # (B, R)

@@ -77,11 +77,13 @@ def token_numbers(actors: Actors, rollout: Rollout) -> Numbers:
         with actors.runtime.autocast():
             states = response_states(actors.policy, batch)  # (B, R, D)
             ref_states = response_states(actors.ref_policy, batch)  # (B, R, D)
-            values = actors.critic(states, batch) if actors.critic else torch.zeros_like(mask)
+            values = actors.critic(states, batch) if actors.critic else torch.zeros(ids.shape)
         support = rollout.support_of(rows, batch)
         stats = token_stats(states, ids, mask, head, temperature=temperature, support=support)
         ref_logprobs = token_logprobs(ref_states, ids, mask, ref_head, temperature=temperature)
-        numbers[:, rows, : ids.shape[1]] = torch.stack((*stats, ref_logprobs, values))
+        numbers[:, rows, : ids.shape[1]] = torch.stack(
+            (*stats, ref_logprobs, values.to(ids.device))
+        )
     return Numbers(*numbers)
 
 

@@ -376,7 +376,7 @@ def test_the_report_compares_every_model_with_the_first(
         f"--rm_model_path={checkpoints / 'rm'}",
     )
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out == f"{text}\n{tmp_path / 'report.md'}\n"
+    assert capsys.readouterr().out.startswith(f"{text}\nreport: {tmp_path / 'report.md'}\nnext: ")
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
     tables = [line.strip("| ").split("|") for line in text.splitlines() if line[:2] == "| "]
     header, sft, ppo, shown, *answers = [[cell.strip() for cell in row] for row in tables]

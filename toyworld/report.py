@@ -90,7 +90,8 @@ def main(args: argparse.Namespace) -> None:
     partial = path.with_name(".report.md.partial")
     partial.write_text(report + "\n", encoding="utf-8")
     os.replace(partial, path)
-    print(f"{report}\n\n{path}")
+    print(f"{report}\n\nreport: {path}")
+    print("next: sh exec_load_dataset.sh, the same stages on UltraFeedback and GPT-2")
 
 
 def read_prompts(data_dir: Path) -> list[str]:
