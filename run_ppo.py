@@ -71,7 +71,7 @@ from rlhf.rewards import (
     score_by_function,
     score_by_model,
 )
-from rlhf.runtime import start_runtime, start_trackers
+from rlhf.runtime import Runtime, start_runtime, start_trackers
 from rlhf.tokens import count_dropped, decode_response, early_end_ids, encode_prompts, has_room
 
 CONSOLE = [
