@@ -156,6 +156,30 @@ def test_dpo_starts_at_ln_2_and_learns(lineage):
     assert last["rewards/margins"] == pytest.approx(margin, abs=1e-5)
 
 
+def plain_logprob(model, tokenizer, prompt, response):
+    """Log-probability of a response by nothing but transformers: labels of -100 on the prompt."""
+    form = f"<instruction>{prompt}</instruction><response>"
+    prompt_ids = tokenizer(form).input_ids
+    ids = tokenizer(f"{form}{response}</response><|endoftext|>").input_ids
+    labels = [-100] * len(prompt_ids) + ids[len(prompt_ids) :]
+    with torch.no_grad():
+        loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss
+    return -float(loss) * (len(ids) - len(prompt_ids))
+
+
+@pytest.mark.claim(21, 23)
+def test_dpo_tells_chosen_from_rejected_as_plain_transformers_does(lineage, data_dir):
+    pairs = [json.loads(x) for x in (data_dir / "pref/eval.jsonl").read_text().splitlines()]
+    judged = [row for row in rows(lineage / "dpo") if "eval_loss" in row]
+    for folder, row in ((lineage / "sft/best", judged[0]), (lineage / "dpo/best", judged[-1])):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for name in ("chosen", "rejected"):
+            logprobs = [plain_logprob(model, tokenizer, p["prompt"], p[name]) for p in pairs]
+            mean = sum(logprobs) / len(logprobs)
+            assert row[f"eval_logps/{name}"] == pytest.approx(mean, rel=1e-4)
+
+
 def test_run_json_tells_the_lineage(lineage):
     for stage, parent in (("rm", "sft"), ("ppo", "sft"), ("dpo", "sft")):
         facts = json.loads((lineage / stage / "best/run.json").read_text())
