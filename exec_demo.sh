@@ -4,6 +4,7 @@
 cd "$(dirname "$0")" || exit 1
 . ./exec_setup.sh
 set -e
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # matrices this small gain nothing from threads
 
 data=.data/toyworld
 model=.model/toyworld
@@ -73,7 +74,7 @@ step "6/6 run_dpo.py: learn from the pairs themselves, without a reward model"
     --num_epochs=1 \
     --learning_rate=2e-4 \
     --beta=1 \
-    --log_step=50
+    --log_step=10
 
 step "report: the truth about the models, on prompts that none of them has seen"
 exec "$PYTHON" -m toyworld.report \

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.arguments import Parser, count, inner_ratio, non_negative, ratio, seed
+from rlhf.arguments import Parser, count, inner_ratio, non_negative, nonempty, ratio, seed
 from rlhf.errors import InputError, run_script
 from rlhf.files import SUFFIXES, ULTRAFEEDBACK, find_files, read_rows
 from rlhf.language import keep_language, language_filter
@@ -46,14 +46,19 @@ def build_parser() -> Parser:
     parser = Parser(description="Make the splits for SFT, the reward model, and PPO or DPO.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="which prompts go where")
-    add("--data_dir", default=".data", help="the folder for the splits")
+    add("--data_dir", type=nonempty, default=".data", help="the folder for the splits")
     add("--sft_ratio", type=ratio, default=0.1, help="share of the prompts for SFT (0 = no split)")
     add(
         "--rm_ratio", type=ratio, default=0.1, help="share for the reward model; pref gets the rest"
     )
     add("--train_ratio", type=inner_ratio, default=0.8, help="share of a split for training")
     files = "a .json, .jsonl or .parquet file, gzipped or not, or a folder of them"
-    add("--dataset", default=ULTRAFEEDBACK, help=f"an id on the Hugging Face Hub, or {files}")
+    add(
+        "--dataset",
+        type=nonempty,
+        default=ULTRAFEEDBACK,
+        help=f"a Hub id, or {files}",
+    )
     add("--dataset_revision", help=f"revision on the Hub (default: repaired for {ULTRAFEEDBACK})")
     add("--language", default="en", help="drop prompts and responses in another (any = keep all)")
     gap = "least difference of the scores of a pair in pref"
@@ -202,7 +207,9 @@ def check_loaded(
             f"{', '.join(sorted(counts.sources))[:500]}"
         )
     if not examples:
-        reasons = (counts.rows.dropped + counts.prompts.dropped).most_common(3)
+        lost = counts.rows.dropped + counts.prompts.dropped + counts.responses.dropped
+        del lost["prompt is dropped"]  # the prompt's own reason tells more
+        reasons = lost.most_common(3)
         told = ", ".join(f"{reason}: {n}" for reason, n in reasons)
         raise InputError(f"{where}: none of {counts.rows.read} rows can be used ({told})")
 

@@ -12,7 +12,6 @@ bad ones, and a larger beta or a lower learning rate is due.
 
 import argparse
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,8 +21,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.arguments import Parser, add_training_arguments, count, positive, positive_count, seed
-from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.arguments import (
+    Parser,
+    add_training_arguments,
+    count,
+    nonempty,
+    positive,
+    positive_count,
+    seed,
+)
+from rlhf.batches import build_batch, micro_batches, padded_width, plan_epochs, sample_length
 from rlhf.checkpoints import (
     RESUME,
     RunFolder,
@@ -55,10 +62,20 @@ def build_parser() -> Parser:
     parser = Parser("Direct preference optimisation on the pairs of .data/pref.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of the order")
-    add("--sft_model_path", required=True, help="SFT checkpoint: first policy, and reference")
-    add("--ckpt_dir", default=".model/dpo", help="folder for checkpoints")
+    add(
+        "--sft_model_path",
+        type=nonempty,
+        required=True,
+        help="SFT checkpoint: start and reference",
+    )
+    add("--ckpt_dir", type=nonempty, default=".model/dpo", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
-    add("--data_dir", default=".data/pref", help="folder with train.jsonl and eval.jsonl")
+    add(
+        "--data_dir",
+        type=nonempty,
+        default=".data/pref",
+        help="holds train.jsonl and eval.jsonl",
+    )
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_gen_len", type=count, default=1, help="least room for a response, in tokens")
     add("--num_epochs", type=positive_count, default=1, help="passes over the data")
@@ -84,33 +101,33 @@ def load_pairs(
     chosen = encode_samples(tokenizer, prompts, [r["chosen"] for r in records], **sizes)
     rejected = encode_samples(tokenizer, prompts, [r["rejected"] for r in records], **sizes)
     pairs = [(a, b) for a, b in zip(chosen, rejected, strict=True) if a and b]
-    say(count_dropped(len(pairs), len(records), side=side, max_len=args.max_len))
+    say(count_dropped(len(pairs), len(records), side=side, **sizes))
     return pairs
 
 
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     say(runtime.notice)
-    flag, path = "--sft_model_path", args.sft_model_path
-    config = read_config(path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    tokenizer = load_tokenizer(path, config, flag=flag)
-    train = load_pairs(args, tokenizer, "train", args.max_samples)
-    heldout = load_pairs(args, tokenizer, "eval", 0)
+    flag, sft_path = "--sft_model_path", args.sft_model_path
     folder = RunFolder(
         args.ckpt_dir,
         stage="dpo",
-        inputs={flag: path, "--data_dir": args.data_dir},
+        inputs={flag: sft_path, "--data_dir": args.data_dir},
         arguments=vars(args),
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
+    config = read_config(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
+    tokenizer = load_tokenizer(sft_path, config, flag=flag)
+    train = load_pairs(args, tokenizer, "train", args.max_samples)
+    heldout = load_pairs(args, tokenizer, "eval", 0)
 
     # Every dropout is at 0: policy and reference are the same function until the first update, and
     # so the policy can compute the reference's logprobs before it is trained.
-    policy = load_policy(path, flag=flag, device=runtime.device)
+    policy = load_policy(sft_path, flag=flag, device=runtime.device)
     set_generation_defaults(policy, tokenizer)
     pad_id = tokenizer.eos_token_id
-    made_from = reference_fingerprint(args, policy, runtime)
+    made_from = reference_fingerprint(policy, train, heldout, runtime)
     cache = Path(args.ckpt_dir) / RESUME / "ref_logprobs.safetensors"
     ref_logprobs = load_tensors(cache, fingerprint=made_from, device=runtime.device) or {
         side: all_logprobs(policy, pairs, pad_id, args, runtime)
@@ -143,9 +160,9 @@ def main(args: argparse.Namespace) -> None:
     metrics.add_epoch(0, evaluate(policy, heldout, ref_logprobs["eval"], pad_id, args, runtime))
 
     for epoch, batches in enumerate(plan, start=1):
-        for i, rows in enumerate(batches, start=1):
+        for rows, progress in batches:
             means: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=runtime.device))
-            width = max(lengths[row] for row in rows)
+            width = padded_width([sample for row in rows for sample in train[row]])
             parts = micro_batches(len(rows), width, args.micro_batch_size, sequences_per_row=2)
             for part in parts:
                 pairs = [train[row] for row in rows[part]]
@@ -165,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
             )
             metrics.add(
                 {**means, "grad_norm": grad_norm, "lr": learning_rate},
-                epoch=epoch - 1 + i / len(batches),
+                epoch=progress,
                 num_tokens=sum(sample_length(sample) for row in rows for sample in train[row]),
             )
         results = evaluate(policy, heldout, ref_logprobs["eval"], pad_id, args, runtime)
@@ -186,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
             ["logps/chosen", "logps/rejected"],
         ],
         best=folder.path / "best",
-        next_command="sh exec_run_ppo.sh",
+        next_step="README.md, 'Using the checkpoints': five lines that answer",
     )
 
 
@@ -218,7 +235,8 @@ def all_logprobs(
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
     logprobs = torch.zeros(len(pairs), 2, device=runtime.device)
     size = args.micro_batch_size
-    for part in micro_batches(len(order), lengths[order[-1]], size, sequences_per_row=2):
+    width = padded_width([sample for pair in pairs for sample in pair])
+    for part in micro_batches(len(order), width, size, sequences_per_row=2):
         rows = order[part]
         logprobs[rows] = pair_logprobs(model, [pairs[row] for row in rows], pad_id, runtime)
     return logprobs
@@ -257,16 +275,11 @@ def check_first_loss(loss: float, beta: float, runtime: Runtime) -> None:
 
 
 def reference_fingerprint(
-    args: argparse.Namespace, policy: PreTrainedModel, runtime: Runtime
+    policy: PreTrainedModel, train: list[Pair], heldout: list[Pair], runtime: Runtime
 ) -> str:
-    """Name what the reference's logprobs depend on: data, weights, truncation, precision."""
-    facts = {
-        "data": fingerprint(args.data_dir),
-        "weights": weights_fingerprint(policy),
-        "precision": runtime.precision,
-        **{name: getattr(args, name) for name in ("max_len", "min_gen_len", "max_samples")},
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    """Name what the reference's logprobs depend on: its weights, every id, the precision."""
+    facts = (weights_fingerprint(policy), train, heldout, runtime.precision)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -28,14 +28,16 @@ from rlhf.arguments import (
     add_boolean,
     add_training_arguments,
     count,
+    inner_ratio,
     non_negative,
+    nonempty,
     number,
     positive,
     positive_count,
     ratio,
     seed,
 )
-from rlhf.batches import Batch, micro_batches_by_length, plan_epochs
+from rlhf.batches import Batch, PlannedBatch, micro_batches_by_length, plan_epochs
 from rlhf.checkpoints import RunFolder, read_run
 from rlhf.errors import run_script
 from rlhf.experience import (
@@ -63,7 +65,7 @@ from rlhf.models import (
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
-from rlhf.records import PAIR, fingerprint, prompt_text, read_split
+from rlhf.records import PROMPT, fingerprint, prompt_text, read_split
 from rlhf.rewards import (
     RewardFacts,
     Scorer,
@@ -83,19 +85,31 @@ CONSOLE = [
     "policy/clipfrac_avg",
     "loss/value_avg",
 ]
+EVAL_BATCH = 64  # prompts that are judged together: memory only
 
 
 def build_parser() -> Parser:
     parser = Parser("PPO on the prompts of .data/pref, against a reward model or function.")
     add = parser.add_argument
-    fraction = number(float, above=0, below=1)
     add("--seed", type=seed, default=42, help="seed of order and sampling")
-    add("--sft_model_path", required=True, help="SFT checkpoint: first policy, and reference")
-    add("--rm_model_path", help="reward model checkpoint; needed without --reward_fn")
-    add("--ckpt_dir", default=".model/ppo", help="folder for checkpoints")
+    add(
+        "--sft_model_path",
+        type=nonempty,
+        required=True,
+        help="SFT checkpoint: start and reference",
+    )
+    add(
+        "--rm_model_path", type=nonempty, help="reward model checkpoint; needed without --reward_fn"
+    )
+    add("--ckpt_dir", type=nonempty, default=".model/ppo", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_reward", type=number(float, above=1), default=5.0, help="the reward model's own")
-    add("--data_dir", default=".data/pref", help="folder with train.jsonl and eval.jsonl")
+    add(
+        "--data_dir",
+        type=nonempty,
+        default=".data/pref",
+        help="holds train.jsonl and eval.jsonl",
+    )
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_gen_len", type=count, default=1, help="tokens before a response may end")
     names = ("--do_sampling", "--do_sample")
@@ -113,16 +127,20 @@ def build_parser() -> Parser:
     add("--max_kl_div", type=positive, default=10.0, help="guard on the KL of a token, both signs")
     add("--gae_lambda", type=ratio, default=0.9, help="lambda of the advantage estimate")
     add("--gamma", type=ratio, default=1.0, help="discount of later rewards")
-    add("--epsilon", type=fraction, default=0.2, help="clip range of the probability ratio")
+    add("--epsilon", type=inner_ratio, default=0.2, help="clip range of the probability ratio")
     add("--value_loss_coeff", type=non_negative, default=0.1, help="weight of the value loss")
     add("--minibatch_size", type=count, default=0, help="sequences in a step (0 = the rollout)")
     add("--max_new_tokens", type=count, default=0, help="cap on a response (0 = up to max_len)")
     add("--missing_eos_penalty", type=non_negative, default=1.0, help="taken off without EOS")
     add("--value_clip", type=non_negative, default=0.0, help="clip range of values (0 = off)")
     add("--critic", choices=("separate", "shared"), default="separate", help="own trunk or not")
-    add("--reward_fn", help="file.py:function or module:function, instead of a reward model")
+    add(
+        "--reward_fn",
+        type=nonempty,
+        help="file.py:function or module:function, for a reward model",
+    )
     add("--eval_samples", type=count, default=256, help="held-out prompts to judge by (0 = all)")
-    add_training_arguments(parser, log_step=1, log_step_names=["--log_step"])
+    add_training_arguments(parser, log_step=1, unit="rollouts")
     return parser
 
 
@@ -131,6 +149,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.rm_model_path and not args.reward_fn:
         parser.error("one of --rm_model_path and --reward_fn is required")
+    if 0 < args.max_new_tokens < args.min_gen_len:
+        limits = f"--max_new_tokens={args.max_new_tokens} is less than --min_gen_len"
+        parser.error(f"{limits}={args.min_gen_len}: no response could end")
     return args
 
 
@@ -154,14 +175,15 @@ class Setup(NamedTuple):
 def load_prompts(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, side: str, max_samples: int
 ) -> Prompts:
-    records = read_split(args.data_dir, side, PAIR, max_samples)
+    records = read_split(args.data_dir, side, PROMPT, max_samples)
     prompts = [record["prompt"] for record in records]
     fitting = [
         (ids, prompt_text(prompt))
         for ids, prompt in zip(encode_prompts(tokenizer, prompts), prompts, strict=True)
         if has_room(ids, max_len=args.max_len, min_len=args.min_gen_len)
     ]
-    say(count_dropped(len(fitting), len(records), side=side, max_len=args.max_len))
+    room = {"max_len": args.max_len, "min_len": args.min_gen_len}
+    say(count_dropped(len(fitting), len(records), side=side, **room))
     return Prompts([ids for ids, _ in fitting], [text for _, text in fitting])
 
 
@@ -199,18 +221,10 @@ def load_actors(
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     say(runtime.notice)
-    say(warn_of_little_exploration(args))
-    flag, path = "--sft_model_path", args.sft_model_path
-    config = read_config(path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    tokenizer = load_tokenizer(path, config, flag=flag)
-    inputs = {flag: path, "--data_dir": args.data_dir}
-    if args.reward_fn:
-        score = score_by_function(args.reward_fn)
-    else:
-        reward_facts = check_reward_model(args, tokenizer)
+    flag, sft_path = "--sft_model_path", args.sft_model_path
+    inputs = {flag: sft_path, "--data_dir": args.data_dir}
+    if not args.reward_fn:
         inputs["--rm_model_path"] = args.rm_model_path
-    train = load_prompts(args, tokenizer, "train", args.max_samples)
-    heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
     folder = RunFolder(
         args.ckpt_dir,
         stage="ppo",
@@ -219,6 +233,14 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
+    config = read_config(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
+    tokenizer = load_tokenizer(sft_path, config, flag=flag)
+    if args.reward_fn:
+        score = score_by_function(args.reward_fn)
+    else:
+        reward_facts = check_reward_model(args, tokenizer)
+    train = load_prompts(args, tokenizer, "train", args.max_samples)
+    heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
     eos_id, mean_reward = tokenizer.eos_token_id, 0.0
     if not args.reward_fn:
         reward_model = load_reward(args, runtime.device, eos_id)
@@ -247,6 +269,8 @@ def main(args: argparse.Namespace) -> None:
         max_steps=args.max_steps,
         seed=args.seed,
     )
+    untrained = evaluate(setup, heldout)  # may fail, so before an earlier run is moved away
+    say(warn_of_little_exploration(args))
     say(folder.start())
     metrics = Metrics(
         folder.path,
@@ -255,14 +279,13 @@ def main(args: argparse.Namespace) -> None:
         report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
         console=CONSOLE,
     )
-    untrained = evaluate(setup, heldout)
     metrics.add_epoch(0, untrained)
     if args.reward_fn:
         torch.nn.init.constant_(critic.head.bias, untrained["eval_scores"])
     schedules = build_schedules(args, policy, critic, plan)
 
     for epoch, batches in enumerate(plan, start=1):
-        for i, rows in enumerate(batches, start=1):
+        for rows, progress in batches:
             # 1 rollout: write a response to each prompt
             rollout, responses = roll_out(setup, train, rows, step=metrics.step + 1)
             mask = rollout.batch.response_mask  # (B, R)
@@ -302,7 +325,7 @@ def main(args: argparse.Namespace) -> None:
                 "lr": learning_rate,
             }
             num_tokens = sum(len(train.ids[row]) for row in rows) + int(mask.sum())
-            if metrics.add(report, epoch=epoch - 1 + i / len(batches), num_tokens=num_tokens):
+            if metrics.add(report, epoch=progress, num_tokens=num_tokens):
                 show_samples(texts, responses, scores, numbers.kl.sum(dim=1))
         results = evaluate(setup, heldout)
         folder.save_epoch(
@@ -324,7 +347,7 @@ def main(args: argparse.Namespace) -> None:
             ["loss/value_avg", "explained_variance"],
         ],
         best=folder.path / "best",
-        next_command="sh exec_run_dpo.sh",
+        next_step="README.md, 'Using the checkpoints': five lines that answer",
     )
 
 
@@ -353,10 +376,13 @@ def score_responses(
 
 
 def build_schedules(
-    args: argparse.Namespace, policy: PreTrainedModel, critic: Critic, plan: list[list[list[int]]]
+    args: argparse.Namespace,
+    policy: PreTrainedModel,
+    critic: Critic,
+    plan: list[list[PlannedBatch]],
 ) -> list[LambdaLR]:
     """Build an optimiser each for policy and critic, or one for both where they share a trunk."""
-    sizes = [len(rows) for batches in plan for rows in batches]
+    sizes = [len(batch.rows) for batches in plan for batch in batches]
     minibatches = sum(math.ceil(size / (args.minibatch_size or size)) for size in sizes)
     groups = [[*policy.parameters()], [*critic.parameters()]]
     if args.critic == "shared":
@@ -452,17 +478,23 @@ def update(
 @torch.no_grad()
 def evaluate(setup: Setup, heldout: Prompts) -> dict[str, float]:
     """Judge the policy on fixed prompts with fixed noise: score, KL, and their balance."""
-    rollout, responses = roll_out(setup, heldout, range(len(heldout.ids)), step=0)
-    scores = score_responses(setup, heldout.texts, responses, rollout)
-    mask = rollout.batch.response_mask
     actors = setup.actors._replace(critic=None)
-    kl = token_numbers(actors, rollout).kl.sum(dim=1)  # (B,)
+    columns: list[Tensor] = []
+    for start in range(0, len(heldout.ids), EVAL_BATCH):
+        rows = range(len(heldout.ids))[start : start + EVAL_BATCH]
+        rollout, responses = roll_out(setup, heldout, rows, step=0)
+        texts = [heldout.texts[row] for row in rows]
+        scores = score_responses(setup, texts, responses, rollout)
+        kl = token_numbers(actors, rollout).kl.sum(dim=1)
+        lengths = rollout.batch.response_mask.sum(dim=1)
+        columns.append(torch.stack((scores, kl, lengths, rollout.ended)))
+    scores, kl, lengths, ended = torch.cat(columns, dim=1)  # (B,) each
     return {
         "eval_scores": float(scores.mean()),
         "eval_kl": float(kl.mean()),
         "eval_objective": float((scores - setup.args.beta * kl).mean()),
-        "eval_length": float(mask.sum(dim=1).float().mean()),
-        "eval_eos_rate": float(rollout.ended.float().mean()),
+        "eval_length": float(lengths.mean()),
+        "eval_eos_rate": float(ended.mean()),
     }
 
 
@@ -481,6 +513,8 @@ def warn_of_little_exploration(args: argparse.Namespace) -> str:
     """Say what sampling settings do to PPO, where they do much."""
     if not args.do_sampling:
         return "note: --do_sampling=false: greedy responses explore nothing; PPO can learn little"
+    if args.top_p < 1 and args.top_k == 0:
+        return "note: --top_p without --top_k may keep thousands of ids of every token in memory"
     if args.temperature < 0.5:
         return (
             f"note: --temperature={args.temperature:g} explores little: the policy can hardly"

@@ -13,6 +13,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,13 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.arguments import (
     Parser,
     add_training_arguments,
+    command,
     count,
+    nonempty,
     number,
     positive,
     positive_count,
     seed,
+    share,
 )
-from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.batches import build_batch, micro_batches, padded_width, plan_epochs, sample_length
 from rlhf.checkpoints import RunFolder
 from rlhf.errors import InputError, run_script
 from rlhf.evaluation import pair_accuracy, spearman
@@ -51,9 +55,14 @@ def build_parser() -> Parser:
     parser = Parser("Reward model training on the scored responses in .data/rm.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of the new head, order and dropout")
-    add("--data_dir", default=".data/rm", help="folder with train.jsonl and eval.jsonl")
-    add("--sft_model_path", required=True, help="SFT checkpoint to start from")
-    add("--ckpt_dir", default=".model/rm", help="folder for checkpoints")
+    add(
+        "--data_dir",
+        type=nonempty,
+        default=".data/rm",
+        help="holds train.jsonl and eval.jsonl",
+    )
+    add("--sft_model_path", type=nonempty, required=True, help="SFT checkpoint to start from")
+    add("--ckpt_dir", type=nonempty, default=".model/rm", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_target_len", type=count, default=1, help="least room for a response, in tokens")
@@ -62,7 +71,7 @@ def build_parser() -> Parser:
     add("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
     add(
         "--warmup_ratio",
-        type=number(float, least=0, below=1),
+        type=share,
         default=0.0,
         help="share of the steps over which the learning rate rises",
     )
@@ -73,8 +82,8 @@ def build_parser() -> Parser:
         default="regression",
         help="predict the score, or the better of two",
     )
-    add("--dropout", type=number(float, least=0, below=1), default=0.0, help="dropout probability")
-    add_training_arguments(parser, log_step=10, log_step_names=["--log_step"])
+    add("--dropout", type=share, default=0.0, help="dropout probability")
+    add_training_arguments(parser, log_step=10)
     return parser
 
 
@@ -101,7 +110,8 @@ class Responses:
             min_len=args.min_target_len,
         )
         kept = [(s, record) for s, record in zip(encoded, records, strict=True) if s]
-        say(count_dropped(len(kept), len(records), side=side, max_len=args.max_len))
+        room = {"max_len": args.max_len, "min_len": args.min_target_len}
+        say(count_dropped(len(kept), len(records), side=side, **room))
         self.samples: list[Sample] = [sample for sample, _ in kept]
         self.lengths = [sample_length(sample) for sample in self.samples]
         self.scores = [record["score"] for _, record in kept]
@@ -126,9 +136,17 @@ class Responses:
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     say(runtime.notice)
-    flag, path = "--sft_model_path", args.sft_model_path
-    config = read_config(path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    tokenizer = load_tokenizer(path, config, flag=flag)
+    flag, sft_path = "--sft_model_path", args.sft_model_path
+    folder = RunFolder(
+        args.ckpt_dir,
+        stage="rm",
+        inputs={flag: sft_path, "--data_dir": args.data_dir},
+        arguments=vars(args),
+        data=fingerprint(args.data_dir),
+        resume=args.resume,
+    )
+    config = read_config(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
+    tokenizer = load_tokenizer(sft_path, config, flag=flag)
     train = Responses(args, tokenizer, "train", args.max_samples)
     heldout = Responses(args, tokenizer, "eval", 0)
     pairwise = args.loss == "pairwise"
@@ -136,18 +154,10 @@ def main(args: argparse.Namespace) -> None:
     items = train.pairs() if pairwise else [(row,) for row in range(len(train.samples))]
     if pairwise and not (items and heldout.pairs()):
         raise InputError(f"--loss=pairwise: {args.data_dir} has no two scores for one prompt")
-    folder = RunFolder(
-        args.ckpt_dir,
-        stage="rm",
-        inputs={flag: path, "--data_dir": args.data_dir},
-        arguments=vars(args),
-        data=fingerprint(args.data_dir),
-        resume=args.resume,
-    )
 
     eos_id = tokenizer.eos_token_id
     model = load_reward_model(
-        path, flag=flag, device=runtime.device, eos_id=eos_id, dropout=args.dropout
+        sft_path, flag=flag, device=runtime.device, eos_id=eos_id, dropout=args.dropout
     )
     lengths = [max(train.lengths[row] for row in item) for item in items]
     plan = plan_epochs(
@@ -172,13 +182,16 @@ def main(args: argparse.Namespace) -> None:
         report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
         console=["loss", "grad_norm", "lr"],
     )
-    metrics.add_epoch(0, evaluate(model, heldout, eos_id, args, runtime)[0])
+    results, reward = evaluate(model, heldout, eos_id, args, runtime)
+    say("eval_accuracy: over {num_pairs} pairs of responses; {num_ties} tie".format(**reward))
+    metrics.add_epoch(0, results)
 
     for epoch, batches in enumerate(plan, start=1):
         model.train()
-        for i, batch in enumerate(batches, start=1):
+        for batch, progress in batches:
             loss = torch.zeros((), device=runtime.device)
-            width, per_item = max(lengths[item] for item in batch), 2 if pairwise else 1
+            width = padded_width([train.samples[row] for item in batch for row in items[item]])
+            per_item = 2 if pairwise else 1
             for part in micro_batches(
                 len(batch), width, args.micro_batch_size, sequences_per_row=per_item
             ):
@@ -203,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
             )
             metrics.add(
                 {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
-                epoch=epoch - 1 + i / len(batches),
+                epoch=progress,
                 num_tokens=sum(train.lengths[row] for item in batch for row in items[item]),
             )
         results, reward = evaluate(model, heldout, eos_id, args, runtime)
@@ -219,7 +232,14 @@ def main(args: argparse.Namespace) -> None:
     metrics.finish(
         [["loss", "eval_loss"], ["eval_accuracy", "longer_is_better"], ["eval_spearman"]],
         best=folder.path / "best",
-        next_command=f"sh exec_run_ppo.sh --rm_model_path={folder.path / 'best'}",
+        next_step=command(
+            "exec_run_ppo.sh",
+            sft_model_path=(sft_path, ".model/sft/best"),
+            rm_model_path=(str(folder.path / "best"), ".model/rm/best"),
+            data_dir=(str(Path(args.data_dir).parent / "pref"), ".data/pref"),
+            max_len=(args.max_len, 1024),
+            max_reward=(args.max_reward, 5.0),
+        ),
     )
 
 
@@ -247,7 +267,7 @@ def evaluate(
     model.eval()
     logits = torch.zeros(len(heldout.samples), device=runtime.device)
     order = sorted(range(len(heldout.samples)), key=heldout.lengths.__getitem__)
-    for part in micro_batches(len(order), heldout.lengths[order[-1]], args.micro_batch_size):
+    for part in micro_batches(len(order), padded_width(heldout.samples), args.micro_batch_size):
         rows = order[part]
         logits[rows] = score_rows(model, heldout, rows, eos_id, runtime)
     logits = logits.cpu()
@@ -265,8 +285,6 @@ def evaluate(
         "eval_loss": float(losses.mean()),
         "eval_accuracy": accuracy.accuracy,
         "longer_is_better": pair_accuracy(lengths, heldout.scores, heldout.prompt_ids).accuracy,
-        "num_pairs": accuracy.num_pairs,
-        "num_ties": accuracy.num_ties,
         "eval_spearman": spearman(logits.tolist(), heldout.scores),
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
@@ -279,6 +297,8 @@ def evaluate(
         "logit_std": float(logits.std()),
         "reward_mean": metrics["reward_mean"],
         "reward_std": metrics["reward_std"],
+        "num_pairs": accuracy.num_pairs,
+        "num_ties": accuracy.num_ties,
     }
     return metrics, reward
 

@@ -12,6 +12,7 @@ before that.
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.arguments import (
     Parser,
     add_training_arguments,
+    command,
     count,
-    number,
+    nonempty,
     positive,
     positive_count,
     seed,
+    share,
 )
-from rlhf.batches import Batch, build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.batches import Batch, build_batch, micro_batches, padded_width, plan_epochs, sample_length
 from rlhf.checkpoints import RunFolder
 from rlhf.errors import run_script
 from rlhf.logprobs import token_logprobs
@@ -50,9 +53,19 @@ def build_parser() -> Parser:
     parser = Parser("Supervised fine-tuning of a causal language model on .data/sft.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of order and dropout")
-    add("--data_dir", default=".data/sft", help="folder with train.jsonl and eval.jsonl")
-    add("--ckpt_dir", default=".model/sft", help="folder for checkpoints")
-    add("--model_id", default="openai-community/gpt2", help="base model: a Hub id or a folder")
+    add(
+        "--data_dir",
+        type=nonempty,
+        default=".data/sft",
+        help="holds train.jsonl and eval.jsonl",
+    )
+    add("--ckpt_dir", type=nonempty, default=".model/sft", help="folder for checkpoints")
+    add(
+        "--model_id",
+        type=nonempty,
+        default="openai-community/gpt2",
+        help="base model: Hub id or folder",
+    )
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_gen_len", type=count, default=1, help="least room for a response, in tokens")
@@ -61,12 +74,12 @@ def build_parser() -> Parser:
     add("--learning_rate", type=positive, default=2e-5, help="peak learning rate")
     add(
         "--warmup_ratio",
-        type=number(float, least=0, below=1),
+        type=share,
         default=0.1,
         help="share of the steps over which the learning rate rises",
     )
-    add("--dropout", type=number(float, least=0, below=1), default=0.0, help="dropout probability")
-    add_training_arguments(parser, log_step=10, log_step_names=["--log_step"])
+    add("--dropout", type=share, default=0.0, help="dropout probability")
+    add_training_arguments(parser, log_step=10)
     return parser
 
 
@@ -86,19 +99,14 @@ def load_samples(
         min_len=args.min_gen_len,
     )
     samples = [sample for sample in encoded if sample]
-    say(count_dropped(len(samples), len(records), side=side, max_len=args.max_len))
+    room = {"max_len": args.max_len, "min_len": args.min_gen_len}
+    say(count_dropped(len(samples), len(records), side=side, **room))
     return samples
 
 
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     say(runtime.notice)
-    config = read_config(
-        args.model_id, flag="--model_id", kind=LANGUAGE_MODEL, max_len=args.max_len
-    )
-    tokenizer = load_tokenizer(args.model_id, config, flag="--model_id")
-    train = load_samples(args, tokenizer, "train", args.max_samples)
-    heldout = load_samples(args, tokenizer, "eval", 0)
     folder = RunFolder(
         args.ckpt_dir,
         stage="sft",
@@ -107,6 +115,12 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
+    config = read_config(
+        args.model_id, flag="--model_id", kind=LANGUAGE_MODEL, max_len=args.max_len
+    )
+    tokenizer = load_tokenizer(args.model_id, config, flag="--model_id")
+    train = load_samples(args, tokenizer, "train", args.max_samples)
+    heldout = load_samples(args, tokenizer, "eval", 0)
 
     model = load_policy(
         args.model_id, flag="--model_id", device=runtime.device, dropout=args.dropout
@@ -139,10 +153,10 @@ def main(args: argparse.Namespace) -> None:
 
     for epoch, batches in enumerate(plan, start=1):
         model.train()
-        for i, rows in enumerate(batches, start=1):
+        for rows, progress in batches:
             num_tokens = sum(len(train[row].response_ids) for row in rows)
             loss = torch.zeros((), device=runtime.device)
-            width = max(lengths[row] for row in rows)
+            width = padded_width([train[row] for row in rows])
             for part in micro_batches(len(rows), width, args.micro_batch_size):
                 batch = build_batch([train[row] for row in rows[part]], tokenizer.eos_token_id)
                 part_loss = summed_loss(model, batch.to(runtime.device), runtime) / num_tokens
@@ -157,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
             )
             metrics.add(
                 {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
-                epoch=epoch - 1 + i / len(batches),
+                epoch=progress,
                 num_tokens=sum(lengths[row] for row in rows),
             )
         results = evaluate(model, heldout, tokenizer.eos_token_id, args, runtime)
@@ -173,7 +187,12 @@ def main(args: argparse.Namespace) -> None:
     metrics.finish(
         [["loss", "eval_loss"], ["grad_norm"], ["lr"]],
         best=folder.path / "best",
-        next_command=f"sh exec_run_rm.sh --sft_model_path={folder.path / 'best'}",
+        next_step=command(
+            "exec_run_rm.sh",
+            sft_model_path=(str(folder.path / "best"), ".model/sft/best"),
+            data_dir=(str(Path(args.data_dir).parent / "rm"), ".data/rm"),
+            max_len=(args.max_len, 1024),
+        ),
     )
 
 
@@ -201,7 +220,7 @@ def evaluate(
     lengths = [sample_length(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lengths.__getitem__)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for part in micro_batches(len(order), lengths[order[-1]], args.micro_batch_size):
+    for part in micro_batches(len(order), padded_width(samples), args.micro_batch_size):
         batch = build_batch([samples[row] for row in order[part]], pad_id)
         total += summed_loss(model, batch.to(runtime.device), runtime)
     loss = float(total) / sum(len(sample.response_ids) for sample in samples)

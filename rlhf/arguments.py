@@ -2,9 +2,17 @@
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable, Sequence
 
 from rlhf.errors import exit_in_one_line
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
         )
 
     def error(self, message: str) -> None:  # type: ignore[override]
@@ -69,9 +77,17 @@ count = number(int, least=0)
 positive_count = number(int, least=1)
 seed = number(int, least=0, most=2**32 - 1)  # what numpy takes
 ratio = number(float, least=0, most=1)
+share = number(float, least=0, below=1)
 inner_ratio = number(float, above=0, below=1)
 positive = number(float, above=0)
 non_negative = number(float, least=0)
+
+
+def nonempty(text: str) -> str:
+    """An argparse type: any text but the empty one, which an unset shell variable leaves."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def boolean(text: str) -> bool:
@@ -100,10 +116,26 @@ def add_boolean(parser: Parser, *names: str, default: bool, help: str) -> None:
         )
 
 
+def command(script: str, **options: tuple[object, object]) -> str:
+    """Write a command to copy; `options` gives value and default, and defaults are left out.
+
+    >>> command("exec_run_rm.sh", sft_model_path=("my model", ".model/sft/best"), max_len=(64, 64))
+    "sh exec_run_rm.sh '--sft_model_path=my model'"
+    """
+    words = [f"--{name}={value}" for name, (value, default) in options.items() if value != default]
+    return shlex.join(["sh", script, *words])
+
+
 TRACKERS = ("none", "tensorboard", "wandb", "trackio", "all")
 
 
-def add_training_arguments(parser: Parser, *, log_step: int, log_step_names: Sequence[str]) -> None:
+def add_training_arguments(
+    parser: Parser,
+    *,
+    log_step: int,
+    log_step_names: Sequence[str] = ("--log_step",),
+    unit: str = "steps",
+) -> None:
     """Add the arguments that all four training scripts take in the same way."""
     parser.add_argument(
         "--dtype",
@@ -125,9 +157,9 @@ def add_training_arguments(parser: Parser, *, log_step: int, log_step_names: Seq
         help="gradients are scaled down to this norm",
     )
     parser.add_argument(
-        *log_step_names, type=positive_count, default=log_step, help="steps between log lines"
+        *log_step_names, type=positive_count, default=log_step, help=f"{unit} between log lines"
     )
-    parser.add_argument("--max_steps", type=count, default=0, help="a cap on steps (0 = none)")
+    parser.add_argument("--max_steps", type=count, default=0, help=f"a cap on {unit} (0 = none)")
     parser.add_argument(
         "--max_samples", type=count, default=0, help="training rows to use (0 = all)"
     )

@@ -83,6 +83,12 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def padded_width(samples: Sequence[Sample]) -> int:
+    """Width T of the batch that these samples make: longest prompt and longest response."""
+    prompts, responses = zip(*samples, strict=True)
+    return max(map(len, prompts)) + max(map(len, responses))
+
+
 def sample_length(sample: Sample) -> int:
     """Count the tokens of prompt and response."""
     return len(sample.prompt_ids) + len(sample.response_ids)
@@ -109,19 +115,27 @@ def epoch_order(
     return batches
 
 
+class PlannedBatch(NamedTuple):
+    """The rows of one optimisation batch, and where in the run it stands."""
+
+    rows: list[int]
+    epoch: float  # epochs that are done after it
+
+
 def plan_epochs(
     lengths: Sequence[int], batch_size: int, *, num_epochs: int, max_steps: int, seed: int
-) -> list[list[list[int]]]:  # epochs of batches of rows
+) -> list[list[PlannedBatch]]:
     """Lay out a whole run: the order of every epoch, cut off after `max_steps` batches.
 
     0 steps means no cap. An epoch of which nothing is left is left out.
     """
     plan, room = [], max_steps or num_epochs * len(lengths)
-    for epoch in range(1, num_epochs + 1):
-        batches = epoch_order(lengths, batch_size, seed=seed, epoch=epoch)[:room]
+    for epoch in range(num_epochs):
+        order = epoch_order(lengths, batch_size, seed=seed, epoch=epoch + 1)
+        batches = [PlannedBatch(rows, epoch + i / len(order)) for i, rows in enumerate(order, 1)]
+        if room > 0:
+            plan.append(batches[:room])
         room -= len(batches)
-        if batches:
-            plan.append(batches)
     return plan
 
 
@@ -154,8 +168,9 @@ def micro_batches_by_length(
     """Cut rows of a batch into micro-batches of similar length, each without needless columns."""
     lengths = batch.mask.sum(dim=1).tolist()
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
+    width = batch.select(torch.tensor(ordered, device=batch.mask.device)).mask.shape[1]
     parts = [
-        torch.tensor(ordered[part], device=batch.prompt_ids.device)
-        for part in micro_batches(len(ordered), lengths[ordered[-1]], micro_batch_size)
+        torch.tensor(ordered[part], device=batch.mask.device)
+        for part in micro_batches(len(ordered), width, micro_batch_size)
     ]
     return [(part, batch.select(part)) for part in parts]

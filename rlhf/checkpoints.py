@@ -99,14 +99,15 @@ def save_checkpoint(
     """Write a checkpoint of safetensors, tokenizer and `run.json` under `folder / name`."""
     temporary = folder / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    text = json.dumps(without_nan(run), indent=2, ensure_ascii=False, allow_nan=False)
     try:
         model.save_pretrained(temporary)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise RunError(f"{folder / name}: cannot be written ({error})") from error
-    tokenizer.save_pretrained(temporary)
-    text = json.dumps(without_nan(run), indent=2, ensure_ascii=False, allow_nan=False)
-    (temporary / RUN_FILE).write_text(text + "\n", encoding="utf-8")
-    commit(temporary, folder / name)
+        tokenizer.save_pretrained(temporary)
+        (temporary / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+        commit(temporary, folder / name)
+    except (OSError, SafetensorError) as error:  # a full disk may end in either
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"{folder / name}: cannot be written ({error}); free some space") from error
     return folder / name
 
 
@@ -143,7 +144,13 @@ def start_run_folder(folder: Path) -> str:
 
     Returns a line that says so, or "". Nothing is ever overwritten.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        cause = error.strerror
+        raise InputError(f"--ckpt_dir={folder}: cannot be made ({cause}); name another") from error
+    for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it saved
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     entries = [entry for entry in folder.iterdir() if entry.name != EARLIER]
     if not entries:
         return ""

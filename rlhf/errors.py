@@ -35,7 +35,7 @@ def run_script(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" or os.environ.get("RLHF_DEBUG") == "1":
             raise
-        remedy = "lower --micro_batch_size (to 1 if need be), then --max_len or --batch_size"
+        remedy = "set --micro_batch_size=1, then lower --max_len or --batch_size"
         exit_in_one_line(name, f"out of GPU memory: {remedy}", 1)
     except KeyboardInterrupt:
         exit_in_one_line(name, "interrupted", 130)

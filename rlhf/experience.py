@@ -106,10 +106,14 @@ def check_ratio_is_one(actors: Actors, rollout: Rollout, numbers: Numbers) -> No
     if rollout.support is not None:
         compared["old policy to sampler"] = (numbers.logprobs, rollout.logprobs)
     for name, (numerator, denominator) in compared.items():
-        errors = (torch.exp(numerator - denominator) - 1)[mask]
-        # Single ratios differ by rounding in bfloat16; their mean must not.
-        exact = actors.runtime.precision == "float32"
-        error = float(errors.abs().max() if exact else errors.mean().abs())
+        log_ratios = (numerator - denominator)[mask]
+        if actors.runtime.precision == "float32":
+            error = float(torch.expm1(log_ratios).abs().max())
+        else:
+            # Single ratios differ by rounding. Their mean is 1 whatever is wrong, since they are
+            # ratios of two distributions; the mean of their logs is not, beyond its own error.
+            noise = log_ratios.std(correction=0) / len(log_ratios) ** 0.5
+            error = float(log_ratios.mean().abs() - 3 * noise)
         if not error <= tolerance:
             raise RunError(
                 f"before the first update the ratio of {name} is off 1 by {error:.2g} (allowed:"
@@ -150,7 +154,8 @@ def rollout_metrics(
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Share of the variance of the returns (B, R) that the critic foresaw.
 
-    1 is perfect, 0 no better than a constant, less than 0 worse.
+    1 is perfect, 0 no better than a constant, less than 0 worse; nan if all returns are equal.
     """
-    errors = (returns - values)[mask]
-    return 1 - errors.var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
+    variance = returns[mask].var(correction=0)
+    share = 1 - (returns - values)[mask].var(correction=0) / variance
+    return torch.where(variance > 0, share, torch.nan)

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from rlhf.batches import Batch, micro_batches, pad_left, position_ids
+from rlhf.batches import TOKENS_PER_FORWARD, Batch, micro_batches, pad_left, position_ids
+from rlhf.errors import RunError
 from rlhf.logprobs import Support, forbid_early_end, full_logits
 
-# Decoding keeps only keys and values of a token, so many more fit than in a training forward.
-TOKENS_PER_ROLLOUT = 65536
+# Decoding keeps only keys and values of a token, so more fit than in a training forward.
+ROLLOUTS_PER_SEQUENCE = 8
+TOKENS_PER_ROLLOUT = ROLLOUTS_PER_SEQUENCE * TOKENS_PER_FORWARD
 
 
 class Sampling(NamedTuple):
@@ -147,7 +149,10 @@ def sample_step(logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> S
 def decode(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], noise: Tensor | None, s: Sampling
 ) -> Rollout:
-    """Write the responses of one micro-batch, a token of every row at a time."""
+    """Write the responses of one micro-batch, a token of every row at a time.
+
+    Raises: RunError if the policy has diverged.
+    """
     device = model.device
     prompt_ids, prompt_mask = (x.to(device) for x in pad_left(prompts, s.eos_id))  # (B, P)
     early_end_ids = torch.tensor(s.early_end_ids, device=device)
@@ -156,7 +161,7 @@ def decode(
     if s.max_new_tokens:
         limits = limits.clamp(max=s.max_new_tokens)
     tokens, mask, positions, cache = prompt_ids, prompt_mask, position_ids(prompt_mask), None
-    running = torch.ones_like(limits, dtype=torch.bool)  # (B,)
+    running = healthy = torch.ones_like(limits, dtype=torch.bool)  # (B,)
     steps: list[Step] = []
     for t in range(int(limits.max())):
         output = model.base_model(
@@ -168,6 +173,8 @@ def decode(
         )
         cache = output.past_key_values
         logits = full_logits(output.last_hidden_state[:, -1], head, s.temperature)  # (B, V)
+        healthy = healthy & logits.isfinite().all(dim=1)
+        logits = logits.nan_to_num()  # so that sampling stays in range until the run is stopped
         if t < s.min_gen_len:
             here = torch.full_like(limits, t)
             logits = forbid_early_end(logits, here, early_end_ids, min_gen_len=s.min_gen_len)
@@ -178,6 +185,11 @@ def decode(
         if not running.any():
             break
         tokens, positions = steps[-1].tokens[:, None], position_ids(mask)[:, -1:]
+    if not healthy.all():
+        raise RunError(
+            f"sampling: the policy's logits are not finite for {int((~healthy).sum())} of"
+            f" {len(healthy)} prompts. A lower --learning_rate or --dtype=float32 may help"
+        )
     return build_rollout(prompt_ids, prompt_mask, mask, steps, noise is not None, s)
 
 
@@ -247,13 +259,16 @@ def generate(
     """Write a response to each prompt.
 
     `noise_key` is (seed, step) and `rows` names the prompts: with the position they are all that
-    the sampling noise of a token depends on.
+    the sampling noise of a token depends on. `micro_batch_size` counts sequences of a training
+    forward, as the flag does; of rollouts, eight times as many fit.
     """
     longest = max(map(len, prompts))
     num_positions = min(sampling.max_new_tokens or sampling.max_len, sampling.max_len)
     parts = []
     width = min(longest + num_positions, sampling.max_len)
-    for part in micro_batches(len(prompts), width, micro_batch_size, tokens=TOKENS_PER_ROLLOUT):
+    for part in micro_batches(
+        len(prompts), width, ROLLOUTS_PER_SEQUENCE * micro_batch_size, tokens=TOKENS_PER_ROLLOUT
+    ):
         noise = None
         if sampling.do_sampling:
             noise = uniform_noise(*noise_key, rows[part], num_positions).to(model.device)

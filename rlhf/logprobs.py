@@ -9,6 +9,7 @@ shape a rollout they shape its logprobs too, by way of a `Support`.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,8 @@ def token_logprobs(
 
     chunks = real_token_chunks(hidden, ids, mask, support)
     if torch.is_grad_enabled():
-        parts = [checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks]
+        again = partial(checkpoint, chunk_logprobs, use_reentrant=False, preserve_rng_state=False)
+        parts = [again(*chunk) for chunk in chunks]
     else:
         parts = [chunk_logprobs(*chunk) for chunk in chunks]
     return spread(parts, mask)

@@ -37,7 +37,7 @@ def format_number(value: float) -> str:
         return f"{value:.0f}"
     if abs(value) < 1e-3 or abs(value) >= 1e6:
         return f"{value:.2e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.4f}"
 
 
 def format_table(rows: Sequence[Mapping[str, float | str]]) -> str:
@@ -126,13 +126,13 @@ class Metrics:
         # The evaluation's time is not the training's, and what came before it is not timed by it.
         self.num_tokens, self.since = 0, time.monotonic()
 
-    def finish(self, panels: Sequence[Sequence[str]], *, best: Path, next_command: str) -> None:
-        """Draw training.png; print the table of epochs, the best checkpoint, the next command."""
+    def finish(self, panels: Sequence[Sequence[str]], *, best: Path, next_step: str) -> None:
+        """Draw training.png; print the table of epochs, the best checkpoint, the next step."""
         self.bar.close()
         draw_panels(self.folder / "training.png", self.logged, panels)
         target = os.readlink(best)
         say(f"\n{format_table(self.rows)}\n")
-        say(f"best checkpoint: {best} -> {target}\nnext: {next_command}")
+        say(f"best checkpoint: {best} -> {target}\nnext: {next_step}")
 
 
 def draw_panels(path: Path, rows: Sequence[Row], panels: Sequence[Sequence[str]]) -> None:
@@ -140,6 +140,7 @@ def draw_panels(path: Path, rows: Sequence[Row], panels: Sequence[Sequence[str]]
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
+    figure.suptitle(str(path.parent))
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, names in zip(axes, panels, strict=False):
         for name in names:

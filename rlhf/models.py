@@ -63,7 +63,7 @@ def read_config(path: str, *, flag: str, kind: str, max_len: int) -> PretrainedC
         raise InputError(f"{flag}={path}: is {seen} ({architecture}); it must be {kind}")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_len > positions:
-        raise InputError(f"--max_len={max_len}: {path} has only {positions} positions")
+        raise InputError(f"--max_len={max_len}: {path} has only {positions} positions; lower it")
     return config
 
 
@@ -97,7 +97,8 @@ def require_same_tokenizer(
 def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
     """Set every dropout probability in a config; 0 makes training and sampling the same model."""
     for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and ("dropout" in name or "pdrop" in name):
             setattr(config, name, dropout)
     return config
 

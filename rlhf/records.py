@@ -24,6 +24,14 @@ MANIFEST = "manifest.json"
 REMEDY = "make it with sh exec_load_dataset.sh"
 
 
+class PromptRecord(TypedDict):
+    """What PPO needs of a line: rollouts write the responses."""
+
+    prompt: Prompt
+    source: str
+    prompt_id: str
+
+
 class ScoredRecord(TypedDict):
     """A line of the sft and rm splits."""
 
@@ -46,7 +54,7 @@ class PairRecord(TypedDict):
     prompt_id: str
 
 
-Record = TypeVar("Record", ScoredRecord, PairRecord)
+Record = TypeVar("Record", PromptRecord, ScoredRecord, PairRecord)
 
 
 class Schema(NamedTuple, Generic[Record]):
@@ -56,6 +64,7 @@ class Schema(NamedTuple, Generic[Record]):
     scores: tuple[str, ...]
 
 
+PROMPT: Schema[PromptRecord] = Schema((), ())
 SCORED: Schema[ScoredRecord] = Schema(("response",), ("score",))
 PAIR: Schema[PairRecord] = Schema(("chosen", "rejected"), ("chosen_score", "rejected_score"))
 
@@ -251,7 +260,7 @@ def _checked(row: object, schema: Schema[Record], scale: tuple[float, float]) ->
                 f"{scale[1]:g} (score_scale in {MANIFEST} sets another scale)"
             )
     scores = {name: float(fields[name]) for name in schema.scores}
-    if scores[schema.scores[0]] < scores[schema.scores[-1]]:
+    if schema is PAIR and scores["chosen_score"] < scores["rejected_score"]:
         raise ValueError("chosen is scored below rejected")
     texts = {name: fields[name] for name in schema.texts}
     record = {"prompt": prompt, **texts, **scores}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import accelerate
+import huggingface_hub
 import torch
 import transformers
 from accelerate.tracking import get_available_trackers
@@ -48,6 +49,7 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
         raise InputError(f"--report_to={report_to}: not installed; pip install {report_to}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     notice = ""
     if torch.cuda.is_available():
         if gpu_id >= torch.cuda.device_count():
@@ -63,9 +65,6 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     precision = dtype
     if dtype == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
-    # The head's products stay float32. On states that bfloat16 has rounded already, TF32 loses
-    # nothing more; on float32 ones it would.
-    torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")
     accelerate.utils.set_seed(seed)
     return Runtime(device, precision, notice)
 

@@ -94,6 +94,12 @@ def divide_into_splits(
             flag = f"--{name}_ratio={share}"
             if name == "pref":
                 flag = f"--sft_ratio, --rm_ratio, --min_score_gap={min_score_gap} and ties"
+            if name == "pref" and len(candidates) - len(pref) > len(pref):
+                raise InputError(
+                    f"--min_score_gap={min_score_gap}: {len(candidates) - len(pref)} of"
+                    f" {len(candidates)} prompts for pref have no two responses whose scores differ"
+                    " enough; lower it, or give data in which they do"
+                )
             raise InputError(
                 f"{flag}: of {len(usable)} usable prompts {name} gets {len(part)}, and train and "
                 f"eval at --train_ratio={train_ratio} take {least}: change a ratio, or give "

@@ -189,14 +189,15 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[i
     return str(tokenizer.decode(ids)).removesuffix(RESPONSE_CLOSE)
 
 
-def count_dropped(num_kept: int, num_rows: int, *, side: str, max_len: int) -> str:
+def count_dropped(num_kept: int, num_rows: int, *, side: str, max_len: int, min_len: int) -> str:
     """Say how many rows were left out because their prompts fill `max_len`.
 
     Raises: InputError if no row is left.
     """
     if num_kept == 0:
         raise InputError(
-            f"--max_len={max_len}: no prompt in {side}.jsonl leaves room for a response; raise it"
+            f"--max_len={max_len}: no prompt in {side}.jsonl leaves room for a response of"
+            f" {max(min_len, 1)} tokens; raise it, or ask for shorter responses"
         )
     text = f"{side}: {num_kept} rows"
     if num_kept < num_rows:

@@ -50,7 +50,7 @@ WITHOUT_TORCH = (
     "tokens",
 )
 TENSORS_ONLY = ("advantages", "logprobs", "losses", "masked")
-TENSOR_LIBRARIES = {"collections", "dataclasses", "math", "rlhf", "torch", "typing"}
+TENSOR_LIBRARIES = {"collections", "functools", "math", "rlhf", "torch", "typing"}
 
 PACKAGE = sorted((ROOT / "rlhf").glob("*.py"))
 MODULES = [path for path in PACKAGE if path.stem != "__init__"]

@@ -89,6 +89,7 @@ def test_every_script_is_valid_posix_shell(shell):
 def test_every_script_has_the_same_frame(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/bin/sh"
+    assert os.access(path, os.X_OK)
     code = [line for line in lines if line and not line.startswith("#")]
     assert code[0] == 'cd "$(dirname "$0")" || exit 1'
     assert ". ./exec_setup.sh" in code

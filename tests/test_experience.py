@@ -26,27 +26,25 @@ SETTINGS = [
 ]
 
 
-def build(tokenizer, *, micro_batch_size=0, **settings):
+PRECISIONS = ["float32", "bfloat16"]
+
+
+def build(tokenizer, *, precision="float32", copies=1, **settings):
     sampling = PLAIN._replace(**settings)
     policy = build_gpt2(tokenizer)
-    runtime = Runtime(torch.device("cpu"), "float32", "")
+    runtime = Runtime(torch.device("cpu"), precision, "")
+    prompts = PROMPTS * copies
     critic = Critic(build_gpt2(tokenizer, seed=2).transformer, 32, 1.0)
-    actors = Actors(
-        policy,
-        build_gpt2(tokenizer, seed=1),
-        critic,
-        sampling.temperature,
-        micro_batch_size,
-        runtime,
-    )
-    rollout = generate(
-        policy,
-        PROMPTS,
-        sampling=sampling,
-        noise_key=(7, 1),
-        rows=range(len(PROMPTS)),
-        micro_batch_size=0,
-    )
+    actors = Actors(policy, build_gpt2(tokenizer, seed=1), critic, sampling.temperature, 0, runtime)
+    with runtime.autocast():
+        rollout = generate(
+            policy,
+            prompts,
+            sampling=sampling,
+            noise_key=(7, 1),
+            rows=range(len(prompts)),
+            micro_batch_size=0,
+        )
     return actors, rollout
 
 
@@ -64,8 +62,17 @@ def test_ratio_is_one_before_the_first_update(tokenizer, settings):
 
 
 @pytest.mark.claim(9)
-def test_dropout_in_the_policy_stops_the_run(tokenizer):
-    actors, rollout = build(tokenizer)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("copies", [1, 40])
+def test_rounding_to_bfloat16_does_not_stop_a_run(tokenizer, settings, copies):
+    actors, rollout = build(tokenizer, precision="bfloat16", copies=copies, **settings)
+    check_ratio_is_one(actors, rollout, token_numbers(actors, rollout))
+
+
+@pytest.mark.claim(9)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dropout_in_the_policy_stops_the_run(tokenizer, precision):
+    actors, rollout = build(tokenizer, precision=precision, copies=40)
     numbers = token_numbers(actors, rollout)
     actors.policy.train()  # made with GPT-2's own dropout of 0.1
     with pytest.raises(RunError, match="new policy to old policy"):
@@ -74,8 +81,9 @@ def test_dropout_in_the_policy_stops_the_run(tokenizer):
 
 @pytest.mark.claim(10)
 @pytest.mark.parametrize("wrong", [{"temperature": 0.5}, {"support": None}])
-def test_logprobs_of_another_distribution_stop_the_run(tokenizer, wrong):
-    actors, rollout = build(tokenizer, temperature=0.7, top_k=5)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_logprobs_of_another_distribution_stop_the_run(tokenizer, wrong, precision):
+    actors, rollout = build(tokenizer, precision=precision, copies=40, temperature=0.7, top_k=5)
     if "temperature" in wrong:
         actors = actors._replace(temperature=0.5)
     else:

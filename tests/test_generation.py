@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import rlhf.generation
+from rlhf.errors import RunError
 from rlhf.generation import Sampling, generate, kept_logits, uniform_noise
 from tests.conftest import build_gpt2
 
@@ -62,9 +64,10 @@ def test_greedy_ids_equal_transformers_one_at_a_time(gpt2, min_gen_len):
 
 @pytest.mark.claim(11)
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"do_sampling": False}])
-def test_a_response_does_not_depend_on_batch_mates_or_slot(gpt2, settings):
+def test_a_response_does_not_depend_on_batch_mates_or_slot(gpt2, settings, monkeypatch):
     sampling = PLAIN._replace(**settings)
     together, _ = roll_out(gpt2, PROMPTS, sampling)
+    monkeypatch.setattr(rlhf.generation, "ROLLOUTS_PER_SEQUENCE", 1)
     pieces, _ = roll_out(gpt2, PROMPTS, sampling, micro_batch_size=1)
     turned, _ = roll_out(gpt2, PROMPTS[::-1], sampling, rows=[3, 2, 1, 0])
     alone = [roll_out(gpt2, [p], sampling, rows=[i])[0][0] for i, p in enumerate(PROMPTS)]
@@ -163,6 +166,15 @@ def test_sampler_logprobs_are_those_of_the_kept_tokens(gpt2):
         here = logits[len(PROMPTS[0]) - 1 + t]
         expected = here[token] - here[kept].logsumexp(dim=0)
         torch.testing.assert_close(rollout.logprobs[0, t], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.claim(25)
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"do_sampling": False}])
+def test_a_policy_that_is_not_finite_samples_nothing(gpt2, settings):
+    with torch.no_grad():
+        gpt2.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="not finite for 4 of 4 prompts"):
+        roll_out(gpt2, PROMPTS, PLAIN._replace(**settings))
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():

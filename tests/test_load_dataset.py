@@ -413,7 +413,7 @@ def test_bad_arguments_end_in_one_line(argv, told, tmp_path, monkeypatch, capsys
             "--sft_ratio=0.1: of 14 usable prompts sft gets 1, and train and eval at "
             "--train_ratio=0.8 take 3: change a ratio, or give about 30 prompts",
         ),
-        ([graded_row(n, (5, 5)) for n in range(50)], [], "ties: of 50 usable prompts pref gets 0"),
+        ([graded_row(n, (5, 5)) for n in range(50)], [], "40 of 40 prompts for pref have no two"),
     ],
 )
 def test_a_data_set_that_cannot_serve_is_refused(rows, options, told, tmp_path):

@@ -128,7 +128,7 @@ def test_rows_of_epochs_start_before_training_and_go_everywhere(tmp_path, capsys
     assert lines[0] == "epoch 0  eval_loss 3" and lines[-1] == "epoch 1  eval_loss nan"
 
 
-def test_the_end_shows_the_table_the_best_checkpoint_and_the_next_command(tmp_path, capsys):
+def test_the_end_shows_the_table_the_best_checkpoint_and_the_next_step(tmp_path, capsys):
     (tmp_path / "best").symlink_to("gpt2_sft_epoch=1_loss=2.0000")
     metrics = collector(tmp_path, num_steps=1, log_step=1)
     metrics.add_epoch(0, {"eval_loss": 2.5})
@@ -136,7 +136,7 @@ def test_the_end_shows_the_table_the_best_checkpoint_and_the_next_command(tmp_pa
     metrics.add_epoch(1, {"eval_loss": 2.125})
     capsys.readouterr()
     best = tmp_path / "best"
-    metrics.finish([["loss", "eval_loss"]], best=best, next_command="sh exec_run_rm.sh")
+    metrics.finish([["loss", "eval_loss"]], best=best, next_step="sh exec_run_rm.sh")
     assert capsys.readouterr().out.splitlines() == [
         "",
         "epoch  eval_loss",

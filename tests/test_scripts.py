@@ -19,15 +19,17 @@ import run_dpo
 import run_ppo
 import run_rm
 import run_sft
-from rlhf.batches import build_batch
+from rlhf.batches import build_batch, epoch_order
 from rlhf.errors import InputError, RunError
 from rlhf.models import load_reward_model, reward_logits
 from rlhf.optim import optimizer_step
 from rlhf.rewards import regression_reward
 from rlhf.tokens import encode_samples
+from tests.conftest import write_jsonl
 
 SCRIPTS = {"sft": run_sft, "rm": run_rm, "ppo": run_ppo, "dpo": run_dpo}
 SPLITS = {"sft": "sft", "rm": "rm", "ppo": "pref", "dpo": "pref"}
+BOTH = ["--sft_model_path=x", "--rm_model_path=y"]
 RM = ["--learning_rate=3e-3", "--batch_size=4", "--num_epochs=3"]
 PPO = ["--temperature=1", "--top_k=0", "--max_new_tokens=8", "--learning_rate=1e-4"]
 
@@ -92,10 +94,11 @@ def test_sft_learns(lineage):
 def test_reward_model_ranks_and_reports_its_statistics(lineage):
     assert epochs(lineage / "rm", "eval_accuracy")[-1] == 1.0
     row = [row for row in rows(lineage / "rm") if "eval_loss" in row][-1]
-    assert row["longer_is_better"] == 1.0 and row["num_ties"] == 0
+    assert row["longer_is_better"] == 1.0
     assert row["eval_spearman"] > 0.8
     reward = json.loads((lineage / "rm/best/run.json").read_text())["reward"]
     assert reward["loss"] == "regression" and reward["max_reward"] == 5.0
+    assert reward["num_pairs"] == 10 and reward["num_ties"] == 0
     for name in ("logit_mean", "logit_std", "reward_mean", "reward_std"):
         assert math.isfinite(reward[name])
 
@@ -301,7 +304,7 @@ def test_sft_gradient_is_the_mean_over_tokens_and_not_over_sequences(base_path, 
         min_len=1,
     )
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in samples]
-    order = run_sft.plan_epochs(lengths, 16, num_epochs=1, max_steps=1, seed=42)[0][0]
+    order = epoch_order(lengths, 16, seed=42, epoch=1)[0]
     model = AutoModelForCausalLM.from_pretrained(base_path).eval()
     total, num_tokens = 0.0, 0
     for row in order:
@@ -326,8 +329,37 @@ def test_reference_logprobs_are_computed_once(lineage, data_dir, tmp_path, monke
     run("dpo", lineage, data_dir, "--max_steps=1", ckpt_dir=tmp_path)
     assert len(calls) == 2  # the stored ones still hold; policy: epochs 0, 1
     calls.clear()
-    run("dpo", lineage, data_dir, "--max_steps=1", "--max_len=60", ckpt_dir=tmp_path)
-    assert len(calls) == 4  # other data: computed anew
+    run("dpo", lineage, data_dir, "--max_steps=1", "--max_samples=20", ckpt_dir=tmp_path)
+    assert len(calls) == 4  # other pairs: computed anew
+
+
+def test_epoch_counts_what_is_done_of_a_capped_run(lineage, data_dir, tmp_path):
+    run(
+        "rm",
+        lineage,
+        data_dir,
+        "--batch_size=7",
+        "--max_steps=3",
+        "--log_step=1",
+        ckpt_dir=tmp_path,
+    )
+    logged = [row["epoch"] for row in rows(tmp_path) if "loss" in row]
+    assert logged == pytest.approx([1 / 9, 2 / 9, 3 / 9], abs=1e-4)  # 60 rows: 9 batches
+
+
+def test_ppo_needs_prompts_only_and_a_reward_that_works(lineage, data_dir, tmp_path):
+    for side in ("train", "eval"):
+        write_jsonl(tmp_path / f"pref/{side}.jsonl", [{"prompt": "Name it"}, {"prompt": "Draw it"}])
+    options = [*PPO, f"--data_dir={tmp_path}/pref"]
+    run("ppo", lineage, data_dir, *options, ckpt_dir=tmp_path / "ppo")
+    with pytest.raises(RunError, match="raised AssertionError"):
+        bad = "--reward_fn=tests.test_scripts:refuse"
+        run("ppo", lineage, data_dir, *options, bad, ckpt_dir=tmp_path / "ppo")
+    assert (tmp_path / "ppo/best").exists() and not (tmp_path / "ppo/earlier").exists()
+
+
+def refuse(prompts, responses):
+    raise AssertionError("never")
 
 
 def test_earlier_run_is_moved_whole(lineage, data_dir, tmp_path, capsys):
@@ -492,7 +524,6 @@ def bad_inputs(lineage, base_path, data_dir, tmp_path):
     yield "ppo", [f"--sft_model_path={rm}"], "must be a language model"
     yield "ppo", ["--max_reward=7"], "--max_reward=7"
     yield "ppo", ["--reward_fn=nowhere.py:f"], "--reward_fn"
-    yield "ppo", [f"--data_dir={data_dir}/sft"], "chosen"
     yield "dpo", [f"--sft_model_path={lineage}/sft"], "is not a checkpoint"
     yield "dpo", ["--resume=must"], "--resume=must"
 
@@ -523,6 +554,9 @@ def test_bad_input_is_one_error_before_any_model_is_loaded(
         ("ppo", ["--top_p=0"]),
         ("ppo", []),
         ("ppo", ["--sft_model_path=x"]),
+        ("ppo", ["--sft_model_path=x", "--reward_fn="]),
+        ("ppo", [*BOTH, "--min_gen_len=9", "--max_new_tokens=8"]),
+        ("sft", ["--data_dir="]),
         ("dpo", ["--beta=0"]),
         ("dpo", ["--loss=unknown"]),
     ],

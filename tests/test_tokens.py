@@ -101,9 +101,9 @@ def test_prompt_without_room_is_dropped(tokenizer):
 
 
 def test_no_row_left_is_an_error():
-    assert "dropped 2" in count_dropped(3, 5, side="train", max_len=8)
+    assert "dropped 2" in count_dropped(3, 5, side="train", max_len=8, min_len=1)
     with pytest.raises(InputError, match="--max_len=8"):
-        count_dropped(0, 5, side="train", max_len=8)
+        count_dropped(0, 5, side="train", max_len=8, min_len=1)
 
 
 @pytest.mark.parametrize("prompt", ["Name a colour.", DIALOGUE])
