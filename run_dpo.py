@@ -62,20 +62,10 @@ def build_parser() -> Parser:
     parser = Parser("Direct preference optimisation on the pairs of .data/pref.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of the order")
-    add(
-        "--sft_model_path",
-        type=nonempty,
-        required=True,
-        help="SFT checkpoint: start and reference",
-    )
+    add("--sft_model_path", type=nonempty, required=True, help="SFT checkpoint, also the reference")
     add("--ckpt_dir", type=nonempty, default=".model/dpo", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
-    add(
-        "--data_dir",
-        type=nonempty,
-        default=".data/pref",
-        help="holds train.jsonl and eval.jsonl",
-    )
+    add("--data_dir", type=nonempty, default=".data/pref", help="holds train.jsonl and eval.jsonl")
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_gen_len", type=count, default=1, help="least room for a response, in tokens")
     add("--num_epochs", type=positive_count, default=1, help="passes over the data")

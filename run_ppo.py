@@ -15,7 +15,6 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,16 +42,18 @@ from rlhf.errors import run_script
 from rlhf.experience import (
     Actors,
     Numbers,
+    Prompts,
     check_ratio_is_one,
     explained_variance,
     policy_forward,
+    roll_out,
     rollout_metrics,
     token_numbers,
 )
-from rlhf.generation import Rollout, Sampling, generate
+from rlhf.generation import Rollout, Sampling
 from rlhf.losses import ppo_policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_sum, masked_whiten
-from rlhf.metrics import Metrics, say
+from rlhf.metrics import Metrics, say, show_samples
 from rlhf.models import (
     LANGUAGE_MODEL,
     REWARD_MODEL,
@@ -74,7 +75,7 @@ from rlhf.rewards import (
     score_by_model,
 )
 from rlhf.runtime import Runtime, start_runtime, start_trackers
-from rlhf.tokens import count_dropped, decode_response, early_end_ids, encode_prompts, has_room
+from rlhf.tokens import count_dropped, early_end_ids, encode_prompts, has_room
 
 CONSOLE = [
     "objective/scores",
@@ -92,24 +93,12 @@ def build_parser() -> Parser:
     parser = Parser("PPO on the prompts of .data/pref, against a reward model or function.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of order and sampling")
-    add(
-        "--sft_model_path",
-        type=nonempty,
-        required=True,
-        help="SFT checkpoint: start and reference",
-    )
-    add(
-        "--rm_model_path", type=nonempty, help="reward model checkpoint; needed without --reward_fn"
-    )
+    add("--sft_model_path", type=nonempty, required=True, help="SFT checkpoint, also the reference")
+    add("--rm_model_path", type=nonempty, help="reward model; needed without --reward_fn")
     add("--ckpt_dir", type=nonempty, default=".model/ppo", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_reward", type=number(float, above=1), default=5.0, help="the reward model's own")
-    add(
-        "--data_dir",
-        type=nonempty,
-        default=".data/pref",
-        help="holds train.jsonl and eval.jsonl",
-    )
+    add("--data_dir", type=nonempty, default=".data/pref", help="holds train.jsonl and eval.jsonl")
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_gen_len", type=count, default=1, help="tokens before a response may end")
     names = ("--do_sampling", "--do_sample")
@@ -134,11 +123,7 @@ def build_parser() -> Parser:
     add("--missing_eos_penalty", type=non_negative, default=1.0, help="taken off without EOS")
     add("--value_clip", type=non_negative, default=0.0, help="clip range of values (0 = off)")
     add("--critic", choices=("separate", "shared"), default="separate", help="own trunk or not")
-    add(
-        "--reward_fn",
-        type=nonempty,
-        help="file.py:function or module:function, for a reward model",
-    )
+    add("--reward_fn", type=nonempty, help="file.py:function or module:function")
     add("--eval_samples", type=count, default=256, help="held-out prompts to judge by (0 = all)")
     add_training_arguments(parser, log_step=1, unit="rollouts")
     return parser
@@ -153,23 +138,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         limits = f"--max_new_tokens={args.max_new_tokens} is less than --min_gen_len"
         parser.error(f"{limits}={args.min_gen_len}: no response could end")
     return args
-
-
-class Prompts(NamedTuple):
-    """Prompts as ids, and as the text that reward functions and people see."""
-
-    ids: list[list[int]]
-    texts: list[str]
-
-
-class Setup(NamedTuple):
-    """What a rollout and its scores are made with."""
-
-    args: argparse.Namespace
-    tokenizer: PreTrainedTokenizerBase
-    sampling: Sampling
-    score: Scorer
-    actors: Actors
 
 
 def load_prompts(
@@ -201,7 +169,7 @@ def load_reward(args: argparse.Namespace, device: torch.device, eos_id: int) -> 
 
 
 def load_actors(
-    args: argparse.Namespace, runtime: Runtime, eos_id: int, mean_reward: float
+    args: argparse.Namespace, sampling: Sampling, runtime: Runtime, mean_reward: float
 ) -> Actors:
     """Load policy and reference, and a critic: on the reward model's trunk if there is one.
 
@@ -212,10 +180,10 @@ def load_actors(
     if args.critic == "shared":
         trunk, hidden_size = None, policy.config.hidden_size
     else:
-        model = load() if args.reward_fn else load_reward(args, runtime.device, eos_id)
+        model = load() if args.reward_fn else load_reward(args, runtime.device, sampling.eos_id)
         trunk, hidden_size = model.base_model, model.config.hidden_size
     critic = Critic(trunk, hidden_size, mean_reward).to(runtime.device)
-    return Actors(policy, ref_policy, critic, args.temperature, args.micro_batch_size, runtime)
+    return Actors(policy, ref_policy, critic, sampling, args.micro_batch_size, runtime)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -246,8 +214,6 @@ def main(args: argparse.Namespace) -> None:
         reward_model = load_reward(args, runtime.device, eos_id)
         size, mean_reward = args.micro_batch_size, reward_facts.reward_mean
         score = score_by_model(reward_model, reward_facts, runtime=runtime, micro_batch_size=size)
-    actors = load_actors(args, runtime, eos_id, mean_reward)
-    policy, critic = actors.policy, actors.critic
     sampling = Sampling(
         do_sampling=args.do_sampling,
         temperature=args.temperature,
@@ -259,8 +225,9 @@ def main(args: argparse.Namespace) -> None:
         eos_id=eos_id,
         early_end_ids=early_end_ids(tokenizer),
     )
+    actors = load_actors(args, sampling, runtime, mean_reward)
+    policy, critic = actors.policy, actors.critic
     set_generation_defaults(policy, tokenizer, **sampling.generation_config())
-    setup = Setup(args, tokenizer, sampling, score, actors)
 
     plan = plan_epochs(
         [len(ids) for ids in train.ids],
@@ -269,7 +236,8 @@ def main(args: argparse.Namespace) -> None:
         max_steps=args.max_steps,
         seed=args.seed,
     )
-    untrained = evaluate(setup, heldout)  # may fail, so before an earlier run is moved away
+    # Whatever may fail does so here, before an earlier run is moved away.
+    untrained = evaluate(args, actors, tokenizer, score, heldout)
     say(warn_of_little_exploration(args))
     say(folder.start())
     metrics = Metrics(
@@ -287,11 +255,12 @@ def main(args: argparse.Namespace) -> None:
     for epoch, batches in enumerate(plan, start=1):
         for rows, progress in batches:
             # 1 rollout: write a response to each prompt
-            rollout, responses = roll_out(setup, train, rows, step=metrics.step + 1)
+            noise_key = (args.seed, metrics.step + 1)
+            rollout, responses = roll_out(actors, tokenizer, train, rows, noise_key=noise_key)
             mask = rollout.batch.response_mask  # (B, R)
             # 2 score: judge whole responses; one that did not end by itself pays for it
             texts = [train.texts[row] for row in rows]
-            scores = score_responses(setup, texts, responses, rollout)  # (B,)
+            scores = score_responses(args, score, texts, responses, rollout)  # (B,)
             # 3 reward: the score on the last token, the KL penalty on every token
             numbers = token_numbers(actors, rollout)  # (B, R) each
             if metrics.step == 0:
@@ -307,7 +276,8 @@ def main(args: argparse.Namespace) -> None:
             # 5 update: several passes of clipped gradient steps over the rollout
             learning_rate = schedules[0].get_last_lr()[0]
             updates = update(
-                setup,
+                args,
+                actors,
                 schedules,
                 rollout,
                 numbers,
@@ -326,8 +296,9 @@ def main(args: argparse.Namespace) -> None:
             }
             num_tokens = sum(len(train.ids[row]) for row in rows) + int(mask.sum())
             if metrics.add(report, epoch=progress, num_tokens=num_tokens):
-                show_samples(texts, responses, scores, numbers.kl.sum(dim=1))
-        results = evaluate(setup, heldout)
+                kl = numbers.kl.sum(dim=1)  # (B,) nats
+                show_samples(texts, responses, scores.tolist(), kl.tolist())
+        results = evaluate(args, actors, tokenizer, score, heldout)
         folder.save_epoch(
             policy,
             tokenizer,
@@ -351,28 +322,16 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def roll_out(
-    setup: Setup, prompts: Prompts, rows: Sequence[int], *, step: int
-) -> tuple[Rollout, list[str]]:
-    """Write a response to each of some prompts: as ids, and as text."""
-    with setup.actors.runtime.autocast():
-        rollout = generate(
-            setup.actors.policy,
-            [prompts.ids[row] for row in rows],
-            sampling=setup.sampling,
-            noise_key=(setup.args.seed, step),
-            rows=rows,
-            micro_batch_size=setup.args.micro_batch_size,
-        )
-    return rollout, [decode_response(setup.tokenizer, ids) for ids in rollout.responses()]
-
-
 def score_responses(
-    setup: Setup, prompts: list[str], responses: list[str], rollout: Rollout
+    args: argparse.Namespace,
+    score: Scorer,
+    prompts: list[str],
+    responses: list[str],
+    rollout: Rollout,
 ) -> Tensor:  # (B,)
     """Score responses; one that was cut off stays as it is and pays `missing_eos_penalty`."""
-    scores = setup.score(prompts, responses, rollout.batch, rollout.ended)
-    return scores - setup.args.missing_eos_penalty * (~rollout.ended).float()
+    scores = score(prompts, responses, rollout.batch, rollout.ended)
+    return scores - args.missing_eos_penalty * (~rollout.ended).float()
 
 
 def build_schedules(
@@ -399,7 +358,8 @@ def build_schedules(
 
 
 def token_terms(
-    setup: Setup,
+    args: argparse.Namespace,
+    actors: Actors,
     rollout: Rollout,
     rows: Tensor,
     batch: Batch,
@@ -408,8 +368,8 @@ def token_terms(
     returns: Tensor,
 ) -> dict[str, Tensor]:  # (B, R) each
     """Losses and diagnostics of a micro-batch, which holds these rows of the rollout."""
-    args, here = setup.args, (rows, slice(batch.response_ids.shape[1]))
-    logprobs, values = policy_forward(setup.actors, rollout, rows, batch)
+    here = (rows, slice(batch.response_ids.shape[1]))
+    logprobs, values = policy_forward(actors, rollout, rows, batch)
     policy_losses = ppo_policy_loss(
         logprobs, old.logprobs[here], advantages[here], epsilon=args.epsilon
     )
@@ -428,7 +388,8 @@ def token_terms(
 
 
 def update(
-    setup: Setup,
+    args: argparse.Namespace,
+    actors: Actors,
     schedules: list[LambdaLR],
     rollout: Rollout,
     old: Numbers,
@@ -442,7 +403,7 @@ def update(
 
     A mean runs over the tokens of a minibatch: how it is cut into micro-batches changes nothing.
     """
-    args, mask = setup.args, rollout.batch.response_mask
+    mask = rollout.batch.response_mask
     num_rows, totals, num_steps = len(mask), defaultdict(list), 0
     for inner_epoch in range(args.num_inner_epoch):
         rng = random.Random(f"{args.seed}/{step}/{inner_epoch}")
@@ -453,7 +414,7 @@ def update(
             loss = torch.zeros((), device=mask.device)
             parts = micro_batches_by_length(rollout.batch, minibatch, args.micro_batch_size)
             for rows, batch in parts:
-                terms = token_terms(setup, rollout, rows, batch, old, advantages, returns)
+                terms = token_terms(args, actors, rollout, rows, batch, old, advantages, returns)
                 means = {
                     name: masked_sum(x, batch.response_mask) / num_tokens
                     for name, x in terms.items()
@@ -476,15 +437,22 @@ def update(
 
 
 @torch.no_grad()
-def evaluate(setup: Setup, heldout: Prompts) -> dict[str, float]:
+def evaluate(
+    args: argparse.Namespace,
+    actors: Actors,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Scorer,
+    heldout: Prompts,
+) -> dict[str, float]:
     """Judge the policy on fixed prompts with fixed noise: score, KL, and their balance."""
-    actors = setup.actors._replace(critic=None)
+    actors = actors._replace(critic=None)
     columns: list[Tensor] = []
     for start in range(0, len(heldout.ids), EVAL_BATCH):
         rows = range(len(heldout.ids))[start : start + EVAL_BATCH]
-        rollout, responses = roll_out(setup, heldout, rows, step=0)
+        noise_key = (args.seed, 0)  # no training step has this one
+        rollout, responses = roll_out(actors, tokenizer, heldout, rows, noise_key=noise_key)
         texts = [heldout.texts[row] for row in rows]
-        scores = score_responses(setup, texts, responses, rollout)
+        scores = score_responses(args, score, texts, responses, rollout)
         kl = token_numbers(actors, rollout).kl.sum(dim=1)
         lengths = rollout.batch.response_mask.sum(dim=1)
         columns.append(torch.stack((scores, kl, lengths, rollout.ended)))
@@ -492,21 +460,10 @@ def evaluate(setup: Setup, heldout: Prompts) -> dict[str, float]:
     return {
         "eval_scores": float(scores.mean()),
         "eval_kl": float(kl.mean()),
-        "eval_objective": float((scores - setup.args.beta * kl).mean()),
+        "eval_objective": float((scores - args.beta * kl).mean()),
         "eval_length": float(lengths.mean()),
         "eval_eos_rate": float(ended.mean()),
     }
-
-
-def show_samples(prompts: list[str], responses: list[str], scores: Tensor, kl: Tensor) -> None:
-    """Print the first three responses of a rollout, with score and KL, one line each."""
-    for prompt, response, score, nats in zip(
-        prompts[:3], responses[:3], scores.tolist(), kl.tolist(), strict=False
-    ):
-        shown = [
-            repr(text if len(text) <= 60 else text[:57] + "...") for text in (prompt, response)
-        ]
-        say(f"    {shown[0]} -> {shown[1]}  score {score:.2f}  kl {nats:.2f}")
 
 
 def warn_of_little_exploration(args: argparse.Namespace) -> str:

@@ -55,12 +55,7 @@ def build_parser() -> Parser:
     parser = Parser("Reward model training on the scored responses in .data/rm.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of the new head, order and dropout")
-    add(
-        "--data_dir",
-        type=nonempty,
-        default=".data/rm",
-        help="holds train.jsonl and eval.jsonl",
-    )
+    add("--data_dir", type=nonempty, default=".data/rm", help="holds train.jsonl and eval.jsonl")
     add("--sft_model_path", type=nonempty, required=True, help="SFT checkpoint to start from")
     add("--ckpt_dir", type=nonempty, default=".model/rm", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
@@ -73,7 +68,7 @@ def build_parser() -> Parser:
         "--warmup_ratio",
         type=share,
         default=0.0,
-        help="share of the steps over which the learning rate rises",
+        help="share of steps in which the rate rises",
     )
     add("--max_reward", type=number(float, above=1), default=5.0, help="upper end of the rewards")
     add(

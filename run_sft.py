@@ -53,12 +53,7 @@ def build_parser() -> Parser:
     parser = Parser("Supervised fine-tuning of a causal language model on .data/sft.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of order and dropout")
-    add(
-        "--data_dir",
-        type=nonempty,
-        default=".data/sft",
-        help="holds train.jsonl and eval.jsonl",
-    )
+    add("--data_dir", type=nonempty, default=".data/sft", help="holds train.jsonl and eval.jsonl")
     add("--ckpt_dir", type=nonempty, default=".model/sft", help="folder for checkpoints")
     add(
         "--model_id",
@@ -76,7 +71,7 @@ def build_parser() -> Parser:
         "--warmup_ratio",
         type=share,
         default=0.1,
-        help="share of the steps over which the learning rate rises",
+        help="share of steps in which the rate rises",
     )
     add("--dropout", type=share, default=0.0, help="dropout probability")
     add_training_arguments(parser, log_step=10)

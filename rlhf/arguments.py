@@ -170,5 +170,5 @@ def add_training_arguments(
         "--resume",
         choices=("auto", "never", "must"),
         default="auto",
-        help="continue an interrupted run in ckpt_dir: if there is one, never, or else stop",
+        help="auto, never: start afresh; must: stop, as no run can be continued yet",
     )

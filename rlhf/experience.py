@@ -4,19 +4,28 @@ Old logprobs come from the forward that is trained, never from the sampler's cac
 rounds differently; and they are taken over the tokens that could have been sampled.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.batches import Batch, micro_batches_by_length
 from rlhf.errors import RunError
-from rlhf.generation import Rollout
+from rlhf.generation import Rollout, Sampling, generate
 from rlhf.logprobs import sequence_logprobs, token_logprobs, token_stats
 from rlhf.masked import masked_mean
 from rlhf.models import Critic, response_states
 from rlhf.runtime import Runtime
+from rlhf.tokens import decode_response
+
+
+class Prompts(NamedTuple):
+    """Prompts as ids, and as the text that reward functions and people see."""
+
+    ids: list[list[int]]
+    texts: list[str]
 
 
 class Actors(NamedTuple):
@@ -25,7 +34,7 @@ class Actors(NamedTuple):
     policy: PreTrainedModel
     ref_policy: PreTrainedModel
     critic: Critic | None  # None while the policy is only judged
-    temperature: float
+    sampling: Sampling
     micro_batch_size: int
     runtime: Runtime
 
@@ -45,6 +54,27 @@ class Numbers(NamedTuple):
         return self.logprobs - self.ref_logprobs
 
 
+def roll_out(
+    actors: Actors,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    rows: Sequence[int],
+    *,
+    noise_key: tuple[int, int],
+) -> tuple[Rollout, list[str]]:
+    """Write a response to each of some prompts: as ids, and as text."""
+    with actors.runtime.autocast():
+        rollout = generate(
+            actors.policy,
+            [prompts.ids[row] for row in rows],
+            sampling=actors.sampling,
+            noise_key=noise_key,
+            rows=rows,
+            micro_batch_size=actors.micro_batch_size,
+        )
+    return rollout, [decode_response(tokenizer, ids) for ids in rollout.responses()]
+
+
 def policy_forward(
     actors: Actors, rollout: Rollout, rows: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:  # logprobs (B, R), values (B, R)
@@ -57,7 +87,7 @@ def policy_forward(
         batch.response_ids,
         batch.response_mask,
         actors.policy.get_output_embeddings(),
-        temperature=actors.temperature,
+        temperature=actors.sampling.temperature,
         support=rollout.support_of(rows, batch),
     )
     return logprobs, values
@@ -69,7 +99,7 @@ def token_numbers(actors: Actors, rollout: Rollout) -> Numbers:
     everything = range(len(rollout.ended))
     shape = (len(Numbers._fields), *rollout.batch.response_mask.shape)
     numbers = torch.zeros(shape, device=actors.runtime.device)
-    temperature = actors.temperature
+    temperature = actors.sampling.temperature
     head = actors.policy.get_output_embeddings()
     ref_head = actors.ref_policy.get_output_embeddings()
     for rows, batch in micro_batches_by_length(rollout.batch, everything, actors.micro_batch_size):

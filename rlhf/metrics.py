@@ -58,6 +58,15 @@ def format_table(rows: Sequence[Mapping[str, float | str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def show_samples(
+    prompts: Sequence[str], responses: Sequence[str], scores: Sequence[float], kl: Sequence[float]
+) -> None:
+    """Print the first three responses with score and KL, a line each; one KL may be negative."""
+    for *texts, score, nats in list(zip(prompts, responses, scores, kl, strict=True))[:3]:
+        prompt, response = (text if len(text) <= 60 else text[:57] + "..." for text in texts)
+        say(f"    {prompt!r} -> {response!r}  score {score:.2f}  kl {nats:.2f}")
+
+
 class Metrics:
     """Collects the numbers of every step, and speaks once every `log_step` steps.
 

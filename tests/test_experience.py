@@ -35,7 +35,7 @@ def build(tokenizer, *, precision="float32", copies=1, **settings):
     runtime = Runtime(torch.device("cpu"), precision, "")
     prompts = PROMPTS * copies
     critic = Critic(build_gpt2(tokenizer, seed=2).transformer, 32, 1.0)
-    actors = Actors(policy, build_gpt2(tokenizer, seed=1), critic, sampling.temperature, 0, runtime)
+    actors = Actors(policy, build_gpt2(tokenizer, seed=1), critic, sampling, 0, runtime)
     with runtime.autocast():
         rollout = generate(
             policy,
@@ -85,7 +85,7 @@ def test_dropout_in_the_policy_stops_the_run(tokenizer, precision):
 def test_logprobs_of_another_distribution_stop_the_run(tokenizer, wrong, precision):
     actors, rollout = build(tokenizer, precision=precision, copies=40, temperature=0.7, top_k=5)
     if "temperature" in wrong:
-        actors = actors._replace(temperature=0.5)
+        actors = actors._replace(sampling=actors.sampling._replace(temperature=0.5))
     else:
         rollout = rollout._replace(support=rollout.support._replace(kept_ids=None, min_gen_len=0))
     with pytest.raises(RunError, match="old policy to sampler"):
