@@ -401,7 +401,7 @@ def test_minibatches_are_reshuffled_every_inner_epoch(lineage, data_dir, tmp_pat
 def test_best_of_ppo_is_highest_score_less_beta_times_kl(lineage, data_dir, tmp_path, monkeypatch):
     judged = iter([(3.0, 0.0), (4.0, 1.0), (5.0, 9.0), (3.9, 0.4)])  # score, KL
 
-    def evaluate(setup, heldout):
+    def evaluate(*_):
         score, kl = next(judged)
         return {"eval_scores": score, "eval_kl": kl, "eval_objective": score - 0.2 * kl}
 
