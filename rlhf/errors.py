@@ -39,6 +39,10 @@ def run_script(main: Callable[[], None]) -> None:
         exit_in_one_line(name, f"out of GPU memory: {remedy}", 1)
     except KeyboardInterrupt:
         exit_in_one_line(name, "interrupted", 130)
+    except BrokenPipeError:
+        # What Python would still flush on its way out must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        exit_in_one_line(name, "the output was closed, as by | head, and the run has stopped", 1)
     except OSError as error:
         if os.environ.get("RLHF_DEBUG") == "1":
             raise

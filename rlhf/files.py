@@ -73,7 +73,7 @@ def download(dataset: str, revision: str | None) -> Path:
     except failures as error:
         cause = unreachable or error
         raise InputError(
-            f"--dataset={dataset}: neither a file or folder here, nor given by the Hugging Face "
+            f"--dataset={dataset}: neither a file nor a folder here, nor given by the Hugging Face "
             f"Hub at revision {revision or 'main'} ({type(cause).__name__}: {str(cause)[:200]}); "
             f"without the Hub, give a local .jsonl, .json or .parquet file"
         ) from cause

@@ -124,6 +124,8 @@ def as_prompt(value: object) -> Prompt:
             raise UnusablePrompt(f"a message of the prompt {flaw}")
         messages.append({"role": str(message.get("role")), "content": str(content)})
     roles = [message["role"] for message in messages]
+    if not {"system", "user", "assistant"}.issuperset(roles):
+        raise UnusablePrompt("a message of the prompt has an unknown role")
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if len(turns) % 2 == 0 or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
         raise UnusablePrompt("turns of the prompt do not alternate from user to user")

@@ -99,3 +99,19 @@ def test_an_error_in_one_line_can_be_ended_with_any_code(capsys):
     with pytest.raises(SystemExit) as caught:
         exit_in_one_line("run.py", "a\nb", 7)
     assert caught.value.code == 7 and capsys.readouterr().err == "run.py: error: a b\n"
+
+
+def test_a_closed_output_ends_in_one_line(tmp_path):
+    script = tmp_path / "talk.py"
+    script.write_text(
+        "from rlhf.errors import run_script\n"
+        "def main():\n"
+        "    for _ in range(100_000):\n"
+        "        print('a line of some length', flush=True)\n"
+        "run_script(main)\n"
+    )
+    command = ["sh", "-c", f"{sys.executable} {script} | head -1"]
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.stderr.count("\n") == 1
+    assert "talk.py: error: the output was closed" in done.stderr
