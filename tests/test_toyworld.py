@@ -35,6 +35,7 @@ from toyworld.measure import (
     load_reward,
     sample,
 )
+from toyworld.optimum import Exact
 from toyworld.report import results_table
 from toyworld.rows import build_rows
 from toyworld.world import EOS, MAX_RESPONSE_TOKENS, TAGS, UNKNOWN, VOCABULARY, WORDS, requests
@@ -361,7 +362,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_report(checkpoints: Path, out_dir: Path, *arguments: str) -> None:
-    given = [f"--data_dir={checkpoints}", f"--out_dir={out_dir}", "--num_samples=8", *arguments]
+    given = [
+        f"--data_dir={checkpoints}",
+        f"--out_dir={out_dir}",
+        "--num_samples=8",
+        "--num_exact=1",
+    ]
+    given += arguments
     report.main(report.parse_args(given))
 
 
@@ -392,7 +399,11 @@ def test_gain_is_paired_by_prompt() -> None:
         zeros = torch.zeros(len(gold))
         return Result([], gold=torch.tensor(gold), learned=None, kl=zeros, length=zeros)
 
-    table = results_table({"SFT": result(1.0, 2.0, 3.0, 4.0), "PPO": result(2.0, 2.0, 4.0, 4.0)})
+    results = {"SFT": result(1.0, 2.0, 3.0, 4.0), "PPO": result(2.0, 2.0, 4.0, 4.0)}
+    start = Exact(2.0, 0.0, 2.0, 2.0, 6.0, 6.0, 1.0)
+    exact = {"SFT": [start], "PPO": [start._replace(kl=0.25, objective=5.0)]}
+    table = results_table(results, exact)
+    assert "| 0.25     | 75.0% " in table
     # Differences 1, 0, 1, 0: mean 1/2, standard error sqrt(1/3) / 2 = 0.289.
     assert "| 2.50 ± 0.65 " in table
     assert "| 3.00 ± 0.58 " in table

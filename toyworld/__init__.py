@@ -5,6 +5,8 @@ annotators   how an answer is scored: exactly, with noise, or with a liking for 
 rows         four seeded writers who answer with typical mistakes, in UltraFeedback's schema
 base_model   the tokenizer, and a small GPT-2 of seeded random weights
 __main__     `python -m toyworld` writes rows and base model, for the five scripts to run on
+measure      checkpoints judged by plain transformers, from samples
+optimum      every response enumerated: exact figures, and the best policy there can be
 report       `python -m toyworld.report` compares checkpoints on held-out prompts
 """
 

@@ -3,7 +3,8 @@
     python -m toyworld.report --data_dir .data/toyworld/pref --rm_model_path .model/toyworld/rm/best
         --model SFT=.model/toyworld/sft/best --model PPO=.model/toyworld/ppo/best
 
-The first model is the reference of the others: gains are over it, KL is from it.
+The first model is the reference of the others: gains are over it, KL is from it. The last columns
+are not sampled but computed, by `toyworld.optimum`, on the first `--num_exact` prompts.
 """
 
 import argparse
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from rlhf.arguments import Parser, count, positive, positive_count
+from rlhf.arguments import Parser, count, non_negative, positive, positive_count
 from rlhf.errors import InputError, run_script
 from toyworld.measure import Result, load_policy, load_reward, load_tokenizer, measure
+from toyworld.optimum import Exact, exact_results, share_of_gain
 from toyworld.world import best_response, requests
 
 NUM_SHOWN = 3  # prompts whose answers are shown
@@ -50,6 +52,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=positive, default=1.0, help="of all models")
     add("--num_samples", type=positive_count, default=4, help="responses to each prompt")
     add("--max_prompts", type=count, default=0, help="held-out prompts to use (0 = all)")
+    add("--num_exact", type=positive_count, default=16, help="prompts to enumerate")
+    add("--beta", type=positive, default=0.2, help="weight of the KL in the optimum")
+    add("--min_gen_len", type=count, default=1, help="as in the rollouts, for the optimum")
+    add("--missing_eos_penalty", type=non_negative, default=1.0, help="likewise")
     add("--seed", type=count, default=42, help="of the samples")
     args = parser.parse_args(argv)
     names = [name for name, _ in args.model]
@@ -80,11 +86,22 @@ def main(args: argparse.Namespace) -> None:
             num_samples=args.num_samples,
             temperature=args.temperature,
         )
+    exact = exact_results(
+        policies,
+        tokenizer,
+        prompts[: args.num_exact],
+        temperature=args.temperature,
+        beta=args.beta,
+        min_gen_len=args.min_gen_len,
+        missing_eos_penalty=args.missing_eos_penalty,
+    )
     note = (
         f"{len(prompts)} held-out prompts, {args.num_samples} responses each, temperature "
-        f"{args.temperature:g}. ± is one standard error over prompts."
+        f"{args.temperature:g}. ± is one standard error over prompts. Exact KL, and the share "
+        f"of the possible gain in reward - {args.beta:g} KL, are computed from every response to "
+        f"{len(exact[first])} of the prompts."
     )
-    report = f"{results_table(results)}\n\n{note}\n\n{samples_table(prompts, results)}"
+    report = f"{results_table(results, exact)}\n\n{note}\n\n{samples_table(prompts, results)}"
     path = Path(args.out_dir) / "report.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(".report.md.partial")
@@ -136,11 +153,11 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def results_table(results: dict[str, Result]) -> str:
+def results_table(results: dict[str, Result], exact: dict[str, list[Exact]]) -> str:
     """Lay out a line for each model, with its gain over the first, paired by prompt."""
     first, reference = next(iter(results.items()))
     header = ["model", "gold reward", f"gain over {first}", "learned reward", f"KL from {first}"]
-    rows = [[*header, "tokens"]]
+    rows = [[*header, "tokens", "exact KL", "share of possible gain"]]
     for name, result in results.items():
         mean, error = mean_and_error(result.gold)
         gain, gain_error = mean_and_error(result.gold - reference.gold)
@@ -153,6 +170,8 @@ def results_table(results: dict[str, Result]) -> str:
                 "" if result.learned is None else f"{result.learned.mean():.2f}",
                 f"{result.kl.mean():.2f}",
                 f"{result.length.mean():.2f}",
+                f"{sum(figures.kl for figures in exact[name]) / len(exact[name]):.2f}",
+                "" if name == first else f"{share_of_gain(exact[name]):.1%}",
             ]
         )
     return markdown_table(rows)

@@ -1,0 +1,189 @@
+"""The exact optimum of the toy world, against brute force, an identity and plain sampling."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import load_dataset
+import run_ppo
+import run_sft
+from toyworld.__main__ import main as make_world
+from toyworld.__main__ import parse_args as parse_world
+from toyworld.base_model import build_model, build_tokenizer
+from toyworld.measure import load_policy, response_text
+from toyworld.optimum import (
+    TREE,
+    Tree,
+    exact_figures,
+    exact_results,
+    expectation,
+    graded_leaves,
+    leaf_logprobs,
+    leaf_rewards,
+    share_of_gain,
+)
+from toyworld.world import EOS, TAGS, VOCABULARY, gold_reward
+
+SMALL = Tree((EOS, TAGS[-1], "hi"), 3)
+PROMPT = "greet casual brief to ada from bob"
+
+
+def small_model(seed):
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=3, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5
+    )
+    return GPT2LMHeadModel(config).eval().double()
+
+
+@torch.no_grad()
+def brute_force(model, prompt_ids, temperature, min_gen_len):
+    """Every sequence of up to three tokens of {EOS, tag, word}, each by a forward of its own."""
+    found = {}
+    for length in (1, 2, 3):
+        for ids in itertools.product(range(3), repeat=length):
+            whole = 0 not in ids[:-1] and (ids[-1] == 0 or length == 3)
+            if not whole:
+                continue
+            logprob = 0.0
+            for t, token in enumerate(ids):
+                logits = model(torch.tensor([[*prompt_ids, *ids[:t]]])).logits[0, -1] / temperature
+                if t < min_gen_len:
+                    logits[:2] = -torch.inf  # EOS and the closing tag
+                logprob += float(logits.log_softmax(dim=0)[token])
+            found[ids] = logprob
+    return found
+
+
+@pytest.mark.parametrize(("temperature", "min_gen_len"), [(1.0, 0), (0.7, 1), (1.5, 2)])
+def test_enumeration_equals_brute_force_on_a_world_of_three_tokens(temperature, min_gen_len):
+    model, prompt_ids = small_model(0), [2, 1, 2]
+    settings = {"temperature": temperature, "min_gen_len": min_gen_len}
+    logprobs = leaf_logprobs(model, prompt_ids, SMALL, **settings)
+    expected = brute_force(model, prompt_ids, **settings)
+    ended = [ids for ids in expected if ids[-1] == 0]
+    order = sorted(ended, key=lambda ids: (len(ids), ids))
+    order += sorted(ids for ids in expected if ids[-1] != 0)
+    assert len(logprobs) == len(expected) == 1 + 2 + 4 + 8
+    assert logprobs.tolist() == pytest.approx([expected[ids] for ids in order], abs=1e-10)
+    assert float(logprobs.exp().sum()) == pytest.approx(1.0, abs=1e-12)
+    texts = [" ".join(SMALL.words[i] for i in ids if i != 0) for ids in order]
+    stripped = [t.removesuffix(TAGS[-1]).strip() for t in texts]
+    assert SMALL.texts() == stripped
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.2, 1.0])
+def test_share_is_one_minus_a_ratio_of_divergences_from_the_optimum(beta):
+    policy, reference = small_model(1), small_model(2)
+    settings = {"temperature": 1.0}
+    p = leaf_logprobs(policy, [2], SMALL, min_gen_len=1, **settings)
+    start = leaf_logprobs(reference, [2], SMALL, min_gen_len=1, **settings)
+    ref = leaf_logprobs(reference, [2], SMALL, min_gen_len=0, **settings)
+    rewards = torch.randn(len(p), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    figures = exact_figures(p, start, ref, rewards, beta=beta)
+    weights = torch.where(start.isneginf(), -torch.inf, ref + rewards / beta)
+    best = weights.log_softmax(dim=0)
+
+    def divergence(q):
+        return float(expectation(q, q - best))
+
+    expected = 1 - divergence(p) / divergence(start)
+    assert share_of_gain([figures]) == pytest.approx(expected, abs=1e-9)
+    # Nothing does better than the optimum, and the optimum reaches all of it.
+    assert figures.objective <= figures.best_objective
+    at_best = exact_figures(best, start, ref, rewards, beta=beta)
+    assert share_of_gain([at_best]) == pytest.approx(1.0, abs=1e-9)
+    assert at_best.objective == pytest.approx(at_best.best_objective, abs=1e-9)
+    assert (at_best.reward, at_best.kl) == pytest.approx((figures.best_reward, figures.best_kl))
+    at_start = exact_figures(start, start, ref, rewards, beta=beta)
+    assert share_of_gain([at_start]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_share_over_prompts_is_a_ratio_of_means():
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    rewards = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    some = exact_figures(half, half, half, rewards, beta=1.0)
+    one = some._replace(objective=some.start_objective + 1, best_objective=some.start_objective + 2)
+    two = some._replace(objective=some.start_objective, best_objective=some.start_objective + 6)
+    assert share_of_gain([one, two]) == pytest.approx(1 / 8)
+
+
+def test_exact_reward_agrees_with_sampling():
+    """4,000 samples from the enumerated distribution of an untrained toy model."""
+    model, tokenizer = build_model(0).double().eval(), build_tokenizer()
+    prompt_ids = tokenizer(f"<instruction>{PROMPT}</instruction><response>").input_ids
+    logprobs = leaf_logprobs(model, prompt_ids, TREE, temperature=1.0, min_gen_len=0)
+    rewards = leaf_rewards(PROMPT, missing_eos_penalty=1.0)
+    exact = float(expectation(logprobs, rewards))
+    ids = torch.tensor([prompt_ids] * 4_000)
+    generator, alive = torch.Generator().manual_seed(0), torch.ones(4_000, dtype=torch.bool)
+    written = []
+    for _ in range(TREE.depth):
+        with torch.no_grad():
+            probabilities = model(ids).logits[:, -1].softmax(dim=1)
+        tokens = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        written.append(tokens.where(alive, 0))
+        alive &= tokens != VOCABULARY.index(EOS)
+        ids = torch.cat((ids, tokens[:, None]), dim=1)
+    texts = [response_text(tokenizer, row) for row in torch.stack(written, dim=1).tolist()]
+    sampled = torch.tensor(gold_reward([PROMPT] * 4_000, texts)) - alive.float()
+    error = float(sampled.std()) / 4_000**0.5
+    assert abs(float(sampled.mean()) - exact) < 4 * error
+
+
+def test_only_graded_leaves_can_earn_more_than_1():
+    texts = TREE.texts()
+    graded = {leaf for leaf, _ in graded_leaves()}
+    some = range(0, len(texts), 37)
+    for prompt in (PROMPT, "from eve part to bob full formal"):
+        gold = gold_reward([prompt] * len(some), [texts[leaf] for leaf in some])
+        rewards = leaf_rewards(prompt, missing_eos_penalty=0.0)
+        assert rewards[list(some)].tolist() == gold
+        others = [value for leaf, value in zip(some, gold, strict=True) if leaf not in graded]
+        assert set(others) == {1.0}
+
+
+def test_a_missing_eos_costs_its_penalty():
+    plain, fined = (leaf_rewards(PROMPT, missing_eos_penalty=p) for p in (0.0, 0.5))
+    num_ended = TREE.num_ended()
+    assert torch.equal(plain[:num_ended], fined[:num_ended])
+    assert torch.equal(plain[num_ended:] - 0.5, fined[num_ended:])
+
+
+def test_a_model_of_other_words_is_refused():
+    with pytest.raises(ValueError, match="3 tokens in the model, 24 here"):
+        leaf_logprobs(small_model(0), [2], TREE, temperature=1.0, min_gen_len=0)
+
+
+@pytest.mark.slow
+@pytest.mark.claim(20)
+def test_ppo_reaches_the_optimum_of_the_toy_world(tmp_path):
+    """SFT from random weights, then PPO on the gold reward: at least 90% of what can be gained."""
+    make_world(parse_world([f"--out_dir={tmp_path}/world", "--num_prompts=3000"]))
+    source = f"--dataset={tmp_path}/world/ultrafeedback.jsonl"
+    ratios = ["--language=any", "--sft_ratio=0.3", "--rm_ratio=0"]
+    load_dataset.main(load_dataset.parse_args([source, f"--data_dir={tmp_path}/data", *ratios]))
+    sft = [f"--model_id={tmp_path}/world/gpt2-toy", "--learning_rate=2e-3", "--num_epochs=4"]
+    sft += [f"--data_dir={tmp_path}/data/sft", f"--ckpt_dir={tmp_path}/sft"]
+    run_sft.main(run_sft.parse_args([*sft, "--max_len=64", "--batch_size=32"]))
+    ppo = [f"--sft_model_path={tmp_path}/sft/best", "--reward_fn=toyworld:gold_reward"]
+    ppo += [f"--data_dir={tmp_path}/data/pref", f"--ckpt_dir={tmp_path}/ppo"]
+    ppo += ["--temperature=1", "--top_k=0", "--max_new_tokens=4", "--num_outer_epoch=8"]
+    ppo += ["--max_len=64", "--batch_size=256", "--minibatch_size=64", "--learning_rate=5e-4"]
+    run_ppo.main(run_ppo.parse_args(ppo))
+    policies = {name: load_policy(f"--model={tmp_path}/{name}/best") for name in ("sft", "ppo")}
+    heldout = (tmp_path / "data/pref/eval.jsonl").read_text(encoding="utf-8").splitlines()
+    exact = exact_results(
+        policies,
+        build_tokenizer(),
+        [json.loads(line)["prompt"] for line in heldout[:8]],
+        temperature=1.0,
+        beta=0.2,
+        min_gen_len=1,
+        missing_eos_penalty=1.0,
+    )
+    assert share_of_gain(exact["sft"]) == pytest.approx(0.0, abs=1e-12)
+    assert 0.9 <= share_of_gain(exact["ppo"]) <= 1.0
