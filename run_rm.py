@@ -71,12 +71,8 @@ def build_parser() -> Parser:
         help="share of steps in which the rate rises",
     )
     add("--max_reward", type=number(float, above=1), default=5.0, help="upper end of the rewards")
-    add(
-        "--loss",
-        choices=("regression", "pairwise"),
-        default="regression",
-        help="predict the score, or the better of two",
-    )
+    losses = ("regression", "pairwise")
+    add("--loss", choices=losses, default="regression", help="predict the score, or the better")
     add("--dropout", type=share, default=0.0, help="dropout probability")
     add_training_arguments(parser, log_step=10)
     return parser
