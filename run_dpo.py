@@ -46,7 +46,6 @@ from rlhf.models import (
     LANGUAGE_MODEL,
     load_policy,
     load_tokenizer,
-    read_config,
     response_states,
     set_generation_defaults,
 )
@@ -107,8 +106,7 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
-    config = read_config(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    tokenizer = load_tokenizer(sft_path, config, flag=flag)
+    tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
     train = load_pairs(args, tokenizer, "train", args.max_samples)
     heldout = load_pairs(args, tokenizer, "eval", 0)
 

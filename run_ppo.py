@@ -61,7 +61,6 @@ from rlhf.models import (
     load_policy,
     load_reward_model,
     load_tokenizer,
-    read_config,
     require_same_tokenizer,
     set_generation_defaults,
 )
@@ -158,8 +157,8 @@ def load_prompts(
 def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> RewardFacts:
     """Check that the reward model fits, before any weights are read."""
     flag, path = "--rm_model_path", args.rm_model_path
-    config = read_config(path, flag=flag, kind=REWARD_MODEL, max_len=args.max_len)
-    require_same_tokenizer(tokenizer, load_tokenizer(path, config, flag=flag), flag=flag)
+    own = load_tokenizer(path, flag=flag, kind=REWARD_MODEL, max_len=args.max_len)
+    require_same_tokenizer(tokenizer, own, flag=flag)
     return read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
 
 
@@ -201,8 +200,7 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
-    config = read_config(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    tokenizer = load_tokenizer(sft_path, config, flag=flag)
+    tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
     if args.reward_fn:
         score = score_by_function(args.reward_fn)
     else:

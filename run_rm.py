@@ -41,7 +41,6 @@ from rlhf.models import (
     LANGUAGE_MODEL,
     load_reward_model,
     load_tokenizer,
-    read_config,
     reward_logits,
 )
 from rlhf.optim import build_schedule, optimizer_step
@@ -136,8 +135,7 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
-    config = read_config(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    tokenizer = load_tokenizer(sft_path, config, flag=flag)
+    tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
     train = Responses(args, tokenizer, "train", args.max_samples)
     heldout = Responses(args, tokenizer, "eval", 0)
     pairwise = args.loss == "pairwise"

@@ -39,7 +39,6 @@ from rlhf.models import (
     LANGUAGE_MODEL,
     load_policy,
     load_tokenizer,
-    read_config,
     response_states,
     set_generation_defaults,
 )
@@ -110,10 +109,9 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
     )
-    config = read_config(
+    tokenizer = load_tokenizer(
         args.model_id, flag="--model_id", kind=LANGUAGE_MODEL, max_len=args.max_len
     )
-    tokenizer = load_tokenizer(args.model_id, config, flag="--model_id")
     train = load_samples(args, tokenizer, "train", args.max_samples)
     heldout = load_samples(args, tokenizer, "eval", 0)
 

@@ -131,8 +131,9 @@ def check_run_folder(folder: Path, inputs: Mapping[str, str]) -> None:
                 f"--ckpt_dir={folder}: holds {entry.name}, which no run wrote; name a new folder"
             )
     for flag, path in inputs.items():
-        inside = Path(path).resolve().is_relative_to(folder.resolve())
-        if inside and Path(path).exists() and EARLIER not in Path(path).resolve().parts:
+        real = Path(path).resolve()
+        inside = real.is_relative_to(folder.resolve())
+        if inside and real.exists() and not real.is_relative_to(folder.resolve() / EARLIER):
             raise InputError(
                 f"{flag}={path} lies in --ckpt_dir={folder}, whose earlier run is about to move"
                 f" away; name another --ckpt_dir"

@@ -1,7 +1,8 @@
 """The models of the pipeline: policy, frozen reference, reward model, critic.
 
-Every forward goes through `response_states` or `last_states`, which set position ids from the mask:
-the shift by one between a state and the token it predicts happens in the first, and only there.
+Every forward but the decoding of a rollout goes through `hidden_states`, which sets position ids
+from the mask. The shift by one between a state and the token that it predicts happens in
+`response_states`, and only there.
 """
 
 import re
@@ -67,11 +68,12 @@ def read_config(path: str, *, flag: str, kind: str, max_len: int) -> PretrainedC
     return config
 
 
-def load_tokenizer(path: str, config: PretrainedConfig, *, flag: str) -> PreTrainedTokenizerFast:
-    """Load and prepare the tokenizer beside a model.
+def load_tokenizer(path: str, *, flag: str, kind: str, max_len: int) -> PreTrainedTokenizerFast:
+    """Load and prepare a checkpoint's tokenizer, after checking its config: see `read_config`.
 
     Raises: InputError if there is none or it has ids that the model doesn't know.
     """
+    config = read_config(path, flag=flag, kind=kind, max_len=max_len)
     tokenizer = prepare_tokenizer(from_pretrained(AutoTokenizer, path, flag))
     if len(tokenizer) > config.vocab_size:
         raise InputError(

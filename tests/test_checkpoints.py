@@ -270,6 +270,13 @@ def test_what_a_run_reads_never_moves_away_under_it(gpt2, tokenizer, tmp_path):
     build_run(tmp_path / "sft", **{"--sft_model_path": f"{tmp_path}/sft/earlier/1/best"})
 
 
+def test_a_folder_that_happens_to_be_called_earlier_protects_nothing(gpt2, tokenizer, tmp_path):
+    folder = open_run(tmp_path / "earlier/sft")
+    save_losses(folder, gpt2, tokenizer, [2.5])
+    with pytest.raises(InputError, match="lies in --ckpt_dir="):
+        build_run(tmp_path / "earlier/sft", **{"--x": str(tmp_path / "earlier/sft/best")})
+
+
 def test_parent_is_the_checkpoint_that_best_named(tmp_path, monkeypatch):
     (tmp_path / "sft/one").mkdir(parents=True)
     (tmp_path / "sft/best").symlink_to("one")

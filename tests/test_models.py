@@ -162,11 +162,13 @@ def test_kind_and_length_are_checked_before_weights(base_path, tmp_path, reward_
         read_config(base_path, flag="--x", kind=LANGUAGE_MODEL, max_len=129)
 
 
-def test_tokenizer_that_does_not_fit_is_refused(base_path, tokenizer, base_tokenizer):
+def test_tokenizer_that_does_not_fit_is_refused(base_path, tokenizer, base_tokenizer, tmp_path):
     config = AutoConfig.from_pretrained(base_path)
     config.vocab_size = 10
+    config.save_pretrained(tmp_path)
+    base_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="do not belong together"):
-        load_tokenizer(base_path, config, flag="--x")
+        load_tokenizer(str(tmp_path), flag="--x", kind=LANGUAGE_MODEL, max_len=8)
     require_same_tokenizer(tokenizer, tokenizer, flag="--x")
     with pytest.raises(InputError, match="tokenizer differs"):
         require_same_tokenizer(tokenizer, base_tokenizer, flag="--x")
