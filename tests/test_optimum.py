@@ -1,33 +1,40 @@
 """The exact optimum of the toy world, against brute force, an identity and plain sampling."""
 
 import itertools
-import json
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import load_dataset
+import run_dpo
 import run_ppo
 import run_sft
 from toyworld.__main__ import main as make_world
 from toyworld.__main__ import parse_args as parse_world
 from toyworld.base_model import build_model, build_tokenizer
-from toyworld.measure import load_policy, response_text
+from toyworld.measure import load_policy, read_prompts, response_text
 from toyworld.optimum import (
-    TREE,
+    Exam,
+    Question,
     Tree,
     exact_figures,
-    exact_results,
     expectation,
     graded_leaves,
     leaf_logprobs,
     leaf_rewards,
+    optimum,
+    prepare_exam,
+    reward_and_kl,
     share_of_gain,
+    world_tree,
 )
-from toyworld.world import EOS, TAGS, VOCABULARY, gold_reward
+from toyworld.pairs import main as draw_pairs
+from toyworld.pairs import parse_args as parse_pairs
+from toyworld.world import EOS, MAX_RESPONSE_TOKENS, TAGS, VOCABULARY, gold_reward
 
 SMALL = Tree((EOS, TAGS[-1], "hi"), 3)
+TREE = world_tree(MAX_RESPONSE_TOKENS)
 PROMPT = "greet casual brief to ada from bob"
 
 
@@ -75,40 +82,63 @@ def test_enumeration_equals_brute_force_on_a_world_of_three_tokens(temperature, 
     assert SMALL.texts() == stripped
 
 
+def small_question(policy_seed=1):
+    """A policy's leaves, and a question with rewards at random; `min_gen_len` is 1."""
+    policy, reference = small_model(policy_seed), small_model(2)
+    p, start, ref = (
+        leaf_logprobs(model, [2], SMALL, temperature=1.0, min_gen_len=min_gen_len)
+        for model, min_gen_len in ((policy, 1), (reference, 1), (reference, 0))
+    )
+    rewards = torch.randn(len(p), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return p, Question([2], rewards, start, ref)
+
+
 @pytest.mark.parametrize("beta", [0.05, 0.2, 1.0])
 def test_share_is_one_minus_a_ratio_of_divergences_from_the_optimum(beta):
-    policy, reference = small_model(1), small_model(2)
-    settings = {"temperature": 1.0}
-    p = leaf_logprobs(policy, [2], SMALL, min_gen_len=1, **settings)
-    start = leaf_logprobs(reference, [2], SMALL, min_gen_len=1, **settings)
-    ref = leaf_logprobs(reference, [2], SMALL, min_gen_len=0, **settings)
-    rewards = torch.randn(len(p), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    figures = exact_figures(p, start, ref, rewards, beta=beta)
-    weights = torch.where(start.isneginf(), -torch.inf, ref + rewards / beta)
-    best = weights.log_softmax(dim=0)
+    p, question = small_question()
+    figures = exact_figures(p, question, beta=beta)
+    weights = question.ref_logprobs + question.rewards / beta
+    best = torch.where(question.start_logprobs.isneginf(), -torch.inf, weights).log_softmax(dim=0)
 
     def divergence(q):
         return float(expectation(q, q - best))
 
-    expected = 1 - divergence(p) / divergence(start)
+    expected = 1 - divergence(p) / divergence(question.start_logprobs)
     assert share_of_gain([figures]) == pytest.approx(expected, abs=1e-9)
     # Nothing does better than the optimum, and the optimum reaches all of it.
     assert figures.objective <= figures.best_objective
-    at_best = exact_figures(best, start, ref, rewards, beta=beta)
+    at_best = exact_figures(best, question, beta=beta)
     assert share_of_gain([at_best]) == pytest.approx(1.0, abs=1e-9)
     assert at_best.objective == pytest.approx(at_best.best_objective, abs=1e-9)
     assert (at_best.reward, at_best.kl) == pytest.approx((figures.best_reward, figures.best_kl))
-    at_start = exact_figures(start, start, ref, rewards, beta=beta)
+    at_start = exact_figures(question.start_logprobs, question, beta=beta)
     assert share_of_gain([at_start]) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_share_over_prompts_is_a_ratio_of_means():
     half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    rewards = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    some = exact_figures(half, half, half, rewards, beta=1.0)
+    question = Question([], torch.tensor([0.0, 1.0], dtype=torch.float64), half, half)
+    some = exact_figures(half, question, beta=1.0)
     one = some._replace(objective=some.start_objective + 1, best_objective=some.start_objective + 2)
     two = some._replace(objective=some.start_objective, best_objective=some.start_objective + 6)
     assert share_of_gain([one, two]) == pytest.approx(1 / 8)
+
+
+def test_no_policy_lies_above_the_frontier():
+    """A policy has at most the reward of the optimum at its KL, which a bisection finds."""
+    for seed in (3, 4, 5):
+        p, question = small_question(seed)
+        reward, kl = reward_and_kl(p, question)
+        low, high = 1e-3, 1e3
+        for _ in range(200):
+            beta = (low * high) ** 0.5
+            at_beta = reward_and_kl(optimum(question, beta)[0], question)
+            low, high = (beta, high) if at_beta[1] > kl else (low, beta)
+        assert at_beta[1] <= kl + 1e-9
+        assert reward <= at_beta[0] + 1e-9
+    curve = Exam([question], SMALL, 1.0, 1).frontier([0.01, 0.1, 1.0, 10.0])
+    assert curve == sorted(curve, reverse=True)  # a smaller beta buys reward with KL
+    assert [kl for kl, _ in curve] == sorted({kl for kl, _ in curve}, reverse=True)
 
 
 def test_exact_reward_agrees_with_sampling():
@@ -116,7 +146,7 @@ def test_exact_reward_agrees_with_sampling():
     model, tokenizer = build_model(0).double().eval(), build_tokenizer()
     prompt_ids = tokenizer(f"<instruction>{PROMPT}</instruction><response>").input_ids
     logprobs = leaf_logprobs(model, prompt_ids, TREE, temperature=1.0, min_gen_len=0)
-    rewards = leaf_rewards(PROMPT, missing_eos_penalty=1.0)
+    rewards = leaf_rewards(PROMPT, TREE, missing_eos_penalty=1.0)
     exact = float(expectation(logprobs, rewards))
     ids = torch.tensor([prompt_ids] * 4_000)
     generator, alive = torch.Generator().manual_seed(0), torch.ones(4_000, dtype=torch.bool)
@@ -136,18 +166,18 @@ def test_exact_reward_agrees_with_sampling():
 
 def test_only_graded_leaves_can_earn_more_than_1():
     texts = TREE.texts()
-    graded = {leaf for leaf, _ in graded_leaves()}
+    graded = {leaf for leaf, _ in graded_leaves(TREE)}
     some = range(0, len(texts), 37)
     for prompt in (PROMPT, "from eve part to bob full formal"):
         gold = gold_reward([prompt] * len(some), [texts[leaf] for leaf in some])
-        rewards = leaf_rewards(prompt, missing_eos_penalty=0.0)
+        rewards = leaf_rewards(prompt, TREE, missing_eos_penalty=0.0)
         assert rewards[list(some)].tolist() == gold
         others = [value for leaf, value in zip(some, gold, strict=True) if leaf not in graded]
         assert set(others) == {1.0}
 
 
 def test_a_missing_eos_costs_its_penalty():
-    plain, fined = (leaf_rewards(PROMPT, missing_eos_penalty=p) for p in (0.0, 0.5))
+    plain, fined = (leaf_rewards(PROMPT, TREE, missing_eos_penalty=p) for p in (0.0, 0.5))
     num_ended = TREE.num_ended()
     assert torch.equal(plain[:num_ended], fined[:num_ended])
     assert torch.equal(plain[num_ended:] - 0.5, fined[num_ended:])
@@ -160,30 +190,39 @@ def test_a_model_of_other_words_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.claim(20)
-def test_ppo_reaches_the_optimum_of_the_toy_world(tmp_path):
-    """SFT from random weights, then PPO on the gold reward: at least 90% of what can be gained."""
-    make_world(parse_world([f"--out_dir={tmp_path}/world", "--num_prompts=3000"]))
+def test_ppo_and_dpo_reach_the_optimum_of_the_toy_world(tmp_path):
+    """SFT from random weights; PPO on the gold reward, and DPO on pairs of the SFT model's own."""
+    make_world(parse_world([f"--out_dir={tmp_path}/world", "--num_prompts=4000"]))
     source = f"--dataset={tmp_path}/world/ultrafeedback.jsonl"
-    ratios = ["--language=any", "--sft_ratio=0.3", "--rm_ratio=0"]
+    ratios = ["--language=any", "--sft_ratio=0.5", "--rm_ratio=0"]
     load_dataset.main(load_dataset.parse_args([source, f"--data_dir={tmp_path}/data", *ratios]))
-    sft = [f"--model_id={tmp_path}/world/gpt2-toy", "--learning_rate=2e-3", "--num_epochs=4"]
+    sft = [f"--model_id={tmp_path}/world/gpt2-toy", "--learning_rate=2e-3", "--num_epochs=5"]
     sft += [f"--data_dir={tmp_path}/data/sft", f"--ckpt_dir={tmp_path}/sft"]
     run_sft.main(run_sft.parse_args([*sft, "--max_len=64", "--batch_size=32"]))
-    ppo = [f"--sft_model_path={tmp_path}/sft/best", "--reward_fn=toyworld:gold_reward"]
-    ppo += [f"--data_dir={tmp_path}/data/pref", f"--ckpt_dir={tmp_path}/ppo"]
-    ppo += ["--temperature=1", "--top_k=0", "--max_new_tokens=4", "--num_outer_epoch=8"]
+    start, prompts = f"--sft_model_path={tmp_path}/sft/best", f"--data_dir={tmp_path}/data/pref"
+
+    ppo = [start, prompts, f"--ckpt_dir={tmp_path}/ppo", "--reward_fn=toyworld:gold_reward"]
+    ppo += ["--temperature=1", "--top_k=0", "--max_new_tokens=4", "--num_outer_epoch=6"]
     ppo += ["--max_len=64", "--batch_size=256", "--minibatch_size=64", "--learning_rate=5e-4"]
     run_ppo.main(run_ppo.parse_args(ppo))
-    policies = {name: load_policy(f"--model={tmp_path}/{name}/best") for name in ("sft", "ppo")}
-    heldout = (tmp_path / "data/pref/eval.jsonl").read_text(encoding="utf-8").splitlines()
-    exact = exact_results(
-        policies,
+
+    pairs = [start, prompts, f"--out_dir={tmp_path}/pairs", "--num_pairs=20000"]
+    draw_pairs(parse_pairs([*pairs, "--temperature=1.25"]))
+    dpo = [start, f"--data_dir={tmp_path}/pairs", f"--ckpt_dir={tmp_path}/dpo", "--max_len=14"]
+    dpo += ["--beta=0.4", "--batch_size=50", "--learning_rate=5e-4"]
+    run_dpo.main(run_dpo.parse_args(dpo))
+
+    models = {n: load_policy(f"{tmp_path}/{n}/best", flag=n) for n in ("sft", "ppo", "dpo")}
+    exam = prepare_exam(
+        models["sft"],
         build_tokenizer(),
-        [json.loads(line)["prompt"] for line in heldout[:8]],
+        read_prompts(f"{tmp_path}/data/pref", "eval")[:8],
         temperature=1.0,
-        beta=0.2,
         min_gen_len=1,
+        max_new_tokens=4,
         missing_eos_penalty=1.0,
     )
-    assert share_of_gain(exact["sft"]) == pytest.approx(0.0, abs=1e-12)
-    assert 0.9 <= share_of_gain(exact["ppo"]) <= 1.0
+    shares = {name: share_of_gain(exam.figures(model, 0.2)) for name, model in models.items()}
+    assert shares["sft"] == pytest.approx(0.0, abs=1e-12)
+    assert 0.9 <= shares["ppo"] <= 1.0
+    assert 0.8 <= shares["dpo"] <= 1.0

@@ -1,7 +1,9 @@
 """The toy world is what its pages say: the language, the gold reward, the rows, the base model."""
 
+import base64
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -21,8 +24,9 @@ from transformers import (
 )
 
 from rlhf.errors import InputError
-from rlhf.tokens import prepare_tokenizer
-from toyworld import gold_reward, report
+from rlhf.records import PAIR, read_split
+from rlhf.tokens import encode_samples, prepare_tokenizer
+from toyworld import gold_reward, pairs, report
 from toyworld.__main__ import main, parse_args
 from toyworld.annotators import ANNOTATORS, RATINGS, annotate, to_score, utility
 from toyworld.base_model import build_model, build_tokenizer, save_base_model
@@ -30,14 +34,15 @@ from toyworld.measure import (
     EOS_ID,
     Result,
     Sequences,
-    divergence,
     load_policy,
     load_reward,
+    read_prompts,
     sample,
 )
 from toyworld.optimum import Exact
-from toyworld.report import results_table
 from toyworld.rows import build_rows
+from toyworld.runs import Run
+from toyworld.tables import Verdict, results_rows
 from toyworld.world import EOS, MAX_RESPONSE_TOKENS, TAGS, UNKNOWN, VOCABULARY, WORDS, requests
 
 FULL = "greet formal full to ada from bob"
@@ -298,50 +303,13 @@ def test_wrong_arguments_end_in_one_line(
 # The report
 
 
-def brute_force_kl(policy: Any, reference: Any, prompt_ids: list[int], depth: int) -> float:
-    """Sum p log(p / q) over every response of at most `depth` tokens, in plain loops."""
-    total = 0.0
-    paths = [([], 0.0, 0.0)]
-    for position in range(depth):
-        longer = []
-        for response, p, q in paths:
-            ids = torch.tensor([prompt_ids + response])
-            ours = policy(ids).logits[0, -1].double().log_softmax(0).tolist()
-            theirs = reference(ids).logits[0, -1].double().log_softmax(0).tolist()
-            for token in range(len(ours)):
-                path = ([*response, token], p + ours[token], q + theirs[token])
-                if token == EOS_ID or position == depth - 1:
-                    total += float(torch.tensor(path[1]).exp()) * (path[1] - path[2])
-                else:
-                    longer.append(path)
-        paths = longer
-    return total
-
-
-@torch.no_grad()
-def test_kl_of_the_report_is_the_kl_of_whole_responses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toyworld.measure.MAX_RESPONSE_TOKENS", 2)
-    policy, reference = build_model(1).eval(), build_model(2).eval()
-    policy.transformer.wte.weight[EOS_ID] *= 2  # ends early now and then
-    tokenizer = build_tokenizer()
-    prompts = ["greet", FULL]  # of two lengths, so that one is padded
-    prompt_ids = [tokenizer(f"<instruction>{p}</instruction><response>").input_ids for p in prompts]
-    torch.manual_seed(0)
-    sequences = sample(policy, tokenizer, prompts * 400, temperature=1.0)
-    kl = divergence(policy, reference, sequences, temperature=1.0).view(400, 2)
-    for estimates, ids in zip(kl.T, prompt_ids, strict=True):
-        error = estimates.std().item() / 400**0.5
-        expected = brute_force_kl(policy, reference, ids, depth=2)
-        assert error < 0.03 * expected
-        assert estimates.mean().item() == pytest.approx(expected, abs=4 * error)
-
-
 def test_padding_never_changes_what_the_report_samples() -> None:
     policy, tokenizer = build_model(1).eval(), build_tokenizer()
     prompts = ["greet", "to ada", FULL]
-    together = sample(policy, tokenizer, prompts, temperature=1e-3)  # as good as greedy
+    greedy = {"temperature": 1e-3, "max_new_tokens": 4}  # as good as greedy
+    together = sample(policy, tokenizer, prompts, **greedy)
     for i, prompt in enumerate(prompts):
-        alone = sample(policy, tokenizer, [prompt], temperature=1e-3)
+        alone = sample(policy, tokenizer, [prompt], **greedy)
         assert together.ids[i][together.mask[i]].tolist() == alone.ids[0].tolist()
 
 
@@ -357,57 +325,94 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = {"loss": "regression", "max_reward": 5.0, "logit_mean": 0.0, "reward_mean": 3.0}
     (folder / "rm" / "run.json").write_text(json.dumps({"reward": facts}))
     lines = [json.dumps({"prompt": prompt}) for prompt in list(requests())[::1000]]
-    (folder / "eval.jsonl").write_text("\n".join(lines) + "\n")
+    for side in ("train", "eval"):
+        (folder / f"{side}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
+def as_run(folder: Path, seed: int, epoch: int, **arguments: str) -> Path:
+    """A checkpoint as run_ppo.py leaves it, `=` in its name included."""
+    path = folder / f"gpt2-toy_ppo_epoch={epoch}_reward=1.00"
+    save_base_model(path, seed)
+    run = {"stage": "ppo", "epoch": epoch, "arguments": arguments}
+    (path / "run.json").write_text(json.dumps(run))
+    return path
+
+
 def run_report(checkpoints: Path, out_dir: Path, *arguments: str) -> None:
-    given = [
-        f"--data_dir={checkpoints}",
-        f"--out_dir={out_dir}",
-        "--num_samples=8",
-        "--num_exact=1",
-    ]
-    given += arguments
-    report.main(report.parse_args(given))
+    given = [f"--data_dir={checkpoints}", f"--out_dir={out_dir}", "--num_samples=8"]
+    report.main(report.parse_args([*given, "--num_exact=1", *arguments]))
 
 
 def test_the_report_compares_every_model_with_the_first(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    last = [as_run(tmp_path / "ppo", 2 + i, i, rm_model_path=f"{checkpoints}/rm") for i in (1, 2)]
+    (tmp_path / "ppo/best").symlink_to(last[-1].name)
+    Figure().savefig(tmp_path / "ppo/training.png")
+    out = tmp_path / "out"
     run_report(
         checkpoints,
-        tmp_path,
+        out,
         f"--model=SFT={checkpoints / 'policy1'}",
-        f"--model=PPO={checkpoints / 'policy2'}",
+        f"--model=PPO={tmp_path / 'ppo/best'}",
+        f"--model=<b>={last[0]}",
         f"--rm_model_path={checkpoints / 'rm'}",
+        "--min_gen_len=0",
     )
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out.startswith(f"{text}\nreport: {tmp_path / 'report.md'}\nnext: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
-    tables = [line.strip("| ").split("|") for line in text.splitlines() if line[:2] == "| "]
-    header, sft, ppo, shown, *answers = [[cell.strip() for cell in row] for row in tables]
-    assert header[:3] == ["model", "gold reward", "gain over SFT"]
-    assert (sft[0], sft[2], sft[4]) == ("SFT", "", "0.00")
-    assert ppo[0] == "PPO" and float(ppo[4]) > 0.5
-    assert shown == ["prompt", "best answer", "SFT", "PPO"]
+    text = (out / "report.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{text}\nreport: {out / 'report.html'}")
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.md"]
+    tables = [line[2:-2].split(" | ") for line in text.splitlines() if line[:2] == "| "]
+    header, sft, ppo, _, shown, *answers = [[cell.strip() for cell in row] for row in tables]
+    assert header[:4] == ["model", "gold reward", "gain over SFT", "learned reward"]
+    assert (sft[0], sft[2], sft[5], sft[6]) == ("SFT", "", "0.00", "")
+    assert ppo[0] == "PPO" and float(ppo[5]) > 0.5 and ppo[6].endswith("%")
+    assert shown == ["prompt", "best answer", "SFT", "PPO", "<b>"]
     assert len(answers) == 3 and all(gold_reward([row[0]], [row[1]]) == [5.0] for row in answers)
 
 
-def test_gain_is_paired_by_prompt() -> None:
-    def result(*gold: float) -> Result:
-        zeros = torch.zeros(len(gold))
-        return Result([], gold=torch.tensor(gold), learned=None, kl=zeros, length=zeros)
+def test_the_page_holds_its_pictures_and_asks_no_network(checkpoints: Path, tmp_path: Path) -> None:
+    path = as_run(tmp_path / "ppo", 2, 1, rm_model_path=f"{checkpoints}/rm")
+    Figure().savefig(tmp_path / "ppo/training.png")
+    models = [f"--model=SFT={checkpoints / 'policy1'}", f"--model=<b>={path}"]
+    run_report(checkpoints, tmp_path / "out", *models)
+    html = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)"', html)
+    assert len(pictures) == html.count("<img") == 3  # frontier, gold and learned, training
+    assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in pictures)
+    for data in pictures:
+        html = html.replace(data, "")
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(", html)
+    assert "<b>" not in html and "&lt;b&gt;" in html
 
-    results = {"SFT": result(1.0, 2.0, 3.0, 4.0), "PPO": result(2.0, 2.0, 4.0, 4.0)}
+
+def test_epochs_of_a_run_are_found_beside_the_checkpoint(tmp_path: Path) -> None:
+    paths = {epoch: as_run(tmp_path, 1, epoch) for epoch in (2, 10, 1)}
+    (tmp_path / "best").symlink_to(paths[2].name)
+    other = as_run(tmp_path, 1, 4)
+    (other / "run.json").write_text(json.dumps({"stage": "dpo", "epoch": 4}))
+    run = Run("PPO", tmp_path / "best")
+    assert list(run.epochs()) == [1, 2, 10]
+    assert {e: path.resolve() for e, path in run.epochs().items()} == paths
+    alone = tmp_path / "alone"
+    save_base_model(alone, 1)
+    assert Run("A", alone).epochs() == {1: alone}
+
+
+def test_gain_is_paired_by_prompt() -> None:
+    def verdict(exact: Exact, *gold: float) -> Verdict:
+        length = torch.zeros(len(gold))
+        return Verdict(Result([], gold=torch.tensor(gold), learned={}, length=length), [exact])
+
     start = Exact(2.0, 0.0, 2.0, 2.0, 6.0, 6.0, 1.0)
-    exact = {"SFT": [start], "PPO": [start._replace(kl=0.25, objective=5.0)]}
-    table = results_table(results, exact)
-    assert "| 0.25     | 75.0% " in table
+    sft = verdict(start, 1.0, 2.0, 3.0, 4.0)
+    ppo = verdict(start._replace(kl=0.25, objective=5.0), 2.0, 2.0, 4.0, 4.0)
+    _, first, second = results_rows({"SFT": sft, "PPO": ppo}, None)
     # Differences 1, 0, 1, 0: mean 1/2, standard error sqrt(1/3) / 2 = 0.289.
-    assert "| 2.50 ± 0.65 " in table
-    assert "| 3.00 ± 0.58 " in table
-    assert "| +0.50 (2 standard errors) " in table
+    assert first == ["SFT", "2.50 ± 0.65", "", "0.00", "0.00", ""]
+    assert second == ["PPO", "3.00 ± 0.58", "+0.50 (2 standard errors)", "0.00", "0.25", "75.0%"]
 
 
 def test_learned_reward_is_what_the_pipeline_of_transformers_says(checkpoints: Path) -> None:
@@ -420,7 +425,7 @@ def test_learned_reward_is_what_the_pipeline_of_transformers_says(checkpoints: P
     ids = [torch.tensor([*build_tokenizer()(text).input_ids, EOS_ID]) for text in texts]
     padded = pad_sequence(ids, batch_first=True, padding_value=EOS_ID)
     mask = pad_sequence([torch.ones_like(row).bool() for row in ids], batch_first=True)
-    rewards = load_reward(f"--rm_model_path={checkpoints / 'rm'}")(Sequences(padded, mask, mask))
+    rewards = load_reward(checkpoints / "rm", flag="x")(Sequences(padded, mask, mask))
     expected = [1 + 4 * score(text)[0]["score"] for text in texts]
     assert rewards.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -432,6 +437,7 @@ def test_learned_reward_is_what_the_pipeline_of_transformers_says(checkpoints: P
         (["--model=A={}/rm"], "expected a ...LMHeadModel"),
         (["--model=A={}/policy1", "--rm_model_path={}/policy2"], "ForSequenceClassification"),
         (["--model=A={}/policy1", "--data_dir={}/rm"], "there is no"),
+        (["--model=A={}/policy1", "--max_new_tokens=5"], "6,728,904 responses are too many"),
     ],
 )
 def test_the_report_refuses_what_it_cannot_read(
@@ -447,10 +453,79 @@ def test_the_report_refuses_a_model_of_other_words(checkpoints: Path, tmp_path: 
     config.vocab_size = 64
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="64 tokens"):
-        load_policy(f"--model=A={tmp_path}")
+        load_policy(tmp_path, flag="--model=A")
 
 
 def test_the_report_refuses_prompts_of_other_worlds(tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").write_text('{"prompt": "Why is the sky blue?"}\n')
     with pytest.raises(InputError, match="sky blue"):
-        report.read_prompts(tmp_path)
+        read_prompts(str(tmp_path), "eval")
+
+
+# Pairs of a model's own responses
+
+
+def draw_pairs(checkpoints: Path, out_dir: Path, *arguments: str) -> list[dict[str, Any]]:
+    given = [f"--sft_model_path={checkpoints / 'policy1'}", f"--data_dir={checkpoints}"]
+    pairs.main(pairs.parse_args([*given, f"--out_dir={out_dir}", "--num_pairs=3000", *arguments]))
+    assert sorted(path.name for path in out_dir.iterdir()) == ["eval.jsonl", "train.jsonl"]
+    return [json.loads(line) for line in (out_dir / "train.jsonl").open(encoding="utf-8")]
+
+
+def test_pairs_train_as_the_very_tokens_that_the_model_said() -> None:
+    rng, tag = random.Random(0), VOCABULARY.index(TAGS[-1])
+    said = {}
+    for _ in range(5000):
+        ids = tuple(rng.choices([EOS_ID, tag, tag, *range(24)], k=MAX_RESPONSE_TOKENS))
+        ids = ids[: ids.index(EOS_ID) + 1] if EOS_ID in ids else ids
+        if (text := pairs.as_text(list(ids))) is not None:
+            said[ids] = text
+        else:  # the one kind that no text can tell: EOS without the closing tag before it
+            assert ids[-1] == EOS_ID and (len(ids) < 3 or ids[-2] != tag)
+    assert sum(ids[-1] == EOS_ID for ids in said) > 50
+    assert sum(ids[-1] != EOS_ID for ids in said) > 1000
+    trained = encode_samples(
+        prepare_tokenizer(build_tokenizer()),
+        [FULL] * len(said),
+        list(said.values()),
+        max_len=10 + MAX_RESPONSE_TOKENS,
+        min_len=1,
+    )
+    assert [tuple(one.response_ids) for one in trained if one] == list(said)
+
+
+def test_pairs_are_read_as_the_training_scripts_read_them(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    rows = draw_pairs(checkpoints, tmp_path / "pairs")
+    assert {row["prompt"] for row in rows} == set(list(requests())[::1000])
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    records = read_split(tmp_path / "pairs", "train", PAIR)
+    assert [record["chosen"] for record in records] == [row["chosen"] for row in rows]
+    again = draw_pairs(checkpoints, tmp_path / "pairs")
+    assert again == rows
+
+
+def test_the_better_of_two_is_chosen_by_bradley_terry(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [[VOCABULARY.index(w) for w in ("hi", n, TAGS[-1], EOS)] for n in ("ada", "bob")]
+
+    def sample_both(_model: Any, _tokenizer: Any, prompts: list[str], **_: float) -> Sequences:
+        ids = torch.tensor(answers * (len(prompts) // 2))
+        mask = torch.ones_like(ids).bool()
+        return Sequences(ids, mask, mask)
+
+    monkeypatch.setattr(pairs, "sample", sample_both)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": FULL}) + "\n")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": FULL}) + "\n")
+    rows = draw_pairs(checkpoints, tmp_path / "pairs", f"--data_dir={tmp_path}")
+    assert (len(rows), reward(FULL, "hi ada"), reward(FULL, "hi bob")) == (3000, 4.0, 3.0)
+    wins = sum(row["chosen"] == "hi ada" for row in rows)
+    # 1 / (1 + e^(-2 (4 - 3))) = 0.8808; four standard errors
+    assert wins / 3000 == pytest.approx(0.8808, abs=0.0237)
+
+
+def test_a_noiseless_annotator_gives_no_pairs_of_equals(checkpoints: Path, tmp_path: Path) -> None:
+    rows = draw_pairs(checkpoints, tmp_path / "pairs", "--annotator=noiseless")
+    assert rows and all(row["chosen_score"] > row["rejected_score"] for row in rows)

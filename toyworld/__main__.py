@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--num_prompts",
         type=number(int, least=1, most=most),
-        default=6000,
+        default=most,
         help=f"rows to write, of the {most} prompts that there are",
     )
     add("--annotator", choices=ANNOTATORS, default="noiseless", help="who scores the answers")

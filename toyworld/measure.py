@@ -1,13 +1,10 @@
 """Judge checkpoints by plain transformers: a witness of its own beside the training scripts.
 
-    KL = E_y [ sum_t KL(policy(. | x, y_<t) || reference(. | x, y_<t)) ]
-
-is the divergence of whole responses, with the inner sum exact and the outer mean over samples.
 Policies answer over their whole vocabulary, whatever sampling settings are stored beside them.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +20,8 @@ from transformers import (
 )
 
 from rlhf.errors import InputError
-from toyworld.world import EOS, MAX_RESPONSE_TOKENS, TAGS, VOCABULARY, gold_reward
+from rlhf.records import PROMPT, read_split
+from toyworld.world import EOS, TAGS, VOCABULARY, gold_reward, requests
 
 EOS_ID = VOCABULARY.index(EOS)
 Model = Any  # a transformers model: its types promise less than the models keep
@@ -37,58 +35,69 @@ class Sequences(NamedTuple):
     response_mask: Tensor  # (B, T) bool: response with its EOS
 
 
+Reward = Callable[[Sequences], Tensor]  # (B,)
+
+
 class Result(NamedTuple):
     """What one model wrote; the tensors hold a mean over samples for each of N prompts."""
 
     texts: list[str]  # (N,)  the first sample
     gold: Tensor  # (N,)
-    learned: Tensor | None  # (N,)  None without a reward model
-    kl: Tensor  # (N,) nats
+    learned: dict[str, Tensor]  # (N,) each, by the name of the reward model
     length: Tensor  # (N,) tokens, closing tag and EOS included
 
 
-def check_checkpoint(flag: str, kind: str) -> str:
-    """Return the path in `--flag=path`, a checkpoint of this kind over the words of the world.
+def read_prompts(data_dir: str, side: str) -> list[str]:
+    """Read the prompts of one side; raise InputError if one is not of this world."""
+    prompts = [record["prompt"] for record in read_split(data_dir, side, PROMPT)]
+    strangers = [prompt for prompt in prompts if str(prompt) not in requests()]
+    if strangers:
+        raise InputError(
+            f"--data_dir={data_dir}: {side}.jsonl asks {strangers[0]!r}, no prompt of the toy world"
+        )
+    return [str(prompt) for prompt in prompts]
 
-    Raises: InputError if it is not.
-    """
-    path = flag.rpartition("=")[2]
+
+def check_checkpoint(path: str | Path, flag: str, kind: str) -> None:
+    """Raise InputError unless a checkpoint of this kind, over the words of the world, is there."""
+    place = f"{flag}={path}"
     try:
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         (architecture,) = config["architectures"]
         vocab_size = config["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{flag}: this is not a checkpoint folder") from error
+        raise InputError(f"{place}: this is not a checkpoint folder") from error
     if not architecture.endswith(kind):
-        raise InputError(f"{flag}: holds a {architecture}, expected a ...{kind}")
+        raise InputError(f"{place}: holds a {architecture}, expected a ...{kind}")
     if vocab_size != len(VOCABULARY):
-        raise InputError(f"{flag}: knows {vocab_size} tokens, the toy world has {len(VOCABULARY)}")
-    return path
+        raise InputError(f"{place}: knows {vocab_size} tokens, the toy world {len(VOCABULARY)}")
 
 
-def load_policy(flag: str) -> Model:
+def load_policy(path: str | Path, *, flag: str) -> Model:
     """Load a language model, without the sampling settings that are stored beside it."""
-    model = AutoModelForCausalLM.from_pretrained(check_checkpoint(flag, "LMHeadModel")).eval()
+    check_checkpoint(path, flag, "LMHeadModel")
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=EOS_ID)
     return model
 
 
-def load_tokenizer(flag: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, flag: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint; raise InputError if its words are not the world's."""
-    tokenizer = AutoTokenizer.from_pretrained(check_checkpoint(flag, "LMHeadModel"))
+    check_checkpoint(path, flag, "LMHeadModel")
+    tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.get_vocab() != {word: i for i, word in enumerate(VOCABULARY)}:
-        raise InputError(f"{flag}: its tokenizer has other words than the toy world")
+        raise InputError(f"{flag}={path}: its tokenizer has other words than the toy world")
     return tokenizer
 
 
-def load_reward(flag: str) -> Callable[[Sequences], Tensor]:
+def load_reward(path: str | Path, *, flag: str) -> Reward:
     """Load a reward model as a function from sequences to rewards (B,)."""
-    path = check_checkpoint(flag, "ForSequenceClassification")
+    check_checkpoint(path, flag, "ForSequenceClassification")
     try:
         facts = json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))["reward"]
         loss, max_reward, logit_mean = (facts[k] for k in ("loss", "max_reward", "logit_mean"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{flag}: has no run.json that tells its reward") from error
+        raise InputError(f"{flag}={path}: has no run.json that tells its reward") from error
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
 
     def reward(sequences: Sequences) -> Tensor:
@@ -103,17 +112,19 @@ def load_reward(flag: str) -> Callable[[Sequences], Tensor]:
 @torch.no_grad()
 def measure(
     policy: Model,
-    reference: Model,
-    reward: Callable[[Sequences], Tensor] | None,
+    rewards: Mapping[str, Reward],
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     *,
     num_samples: int,
     temperature: float,
+    max_new_tokens: int,
 ) -> Result:
     """Let a policy answer every prompt `num_samples` times, and judge the answers."""
     asked = [prompt for prompt in prompts for _ in range(num_samples)]
-    sequences = sample(policy, tokenizer, asked, temperature=temperature)
+    sequences = sample(
+        policy, tokenizer, asked, temperature=temperature, max_new_tokens=max_new_tokens
+    )
     texts = [
         response_text(tokenizer, ids[mask].tolist())
         for ids, mask in zip(sequences.ids, sequences.response_mask, strict=True)
@@ -125,14 +136,19 @@ def measure(
     return Result(
         texts=texts[::num_samples],
         gold=per_prompt(torch.tensor(gold_reward(asked, texts))),
-        learned=None if reward is None else per_prompt(reward(sequences)),
-        kl=per_prompt(divergence(policy, reference, sequences, temperature=temperature)),
+        learned={name: per_prompt(reward(sequences)) for name, reward in rewards.items()},
         length=per_prompt(sequences.response_mask.sum(dim=1).float()),
     )
 
 
+@torch.no_grad()
 def sample(
-    policy: Model, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, temperature: float
+    policy: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    temperature: float,
+    max_new_tokens: int,
 ) -> Sequences:
     """Sample a response to each prompt from the whole vocabulary."""
     texts = [f"<instruction>{prompt}</instruction><response>" for prompt in prompts]
@@ -144,7 +160,7 @@ def sample(
         temperature=temperature,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_RESPONSE_TOKENS,
+        max_new_tokens=max_new_tokens,
     )
     width = batch.input_ids.shape[1]
     ids, masks, response_masks = [], [], []
@@ -167,18 +183,3 @@ def response_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode([i for i in ids if i != EOS_ID])
     assert isinstance(text, str)
     return text.removesuffix(TAGS[-1]).strip()
-
-
-def divergence(
-    policy: Model, reference: Model, sequences: Sequences, *, temperature: float
-) -> Tensor:  # (B,) nats
-    """Sum the exact divergence of the next token along each sampled response."""
-    ours, theirs = (
-        model(sequences.ids, attention_mask=sequences.mask.long())
-        .logits[:, :-1]
-        .div(temperature)
-        .log_softmax(dim=2)
-        for model in (policy, reference)
-    )  # (B, T - 1, V) each
-    kl = (ours.exp() * (ours - theirs)).sum(dim=2)  # (B, T - 1)
-    return (kl * sequences.response_mask[:, 1:]).sum(dim=1)

@@ -15,16 +15,18 @@ little KL. Everything is in float64, nothing is pruned, and so no mass is left o
 
 import copy
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from toyworld.world import EOS, MAX_RESPONSE_TOKENS, MEANINGS, NAMES, TAGS, VOCABULARY, gold_reward
+from rlhf.errors import InputError
+from toyworld.world import EOS, MEANINGS, NAMES, TAGS, VOCABULARY, gold_reward
 
 CLOSING_TAG = TAGS[-1]
+MAX_LEAVES = 1_000_000  # of a prompt; the prefixes of so many need about a gigabyte
 
 
 class Tree(NamedTuple):
@@ -56,8 +58,23 @@ class Tree(NamedTuple):
         """Count the leaves that end with EOS."""
         return sum(len(self.going_on) ** length for length in range(self.depth))
 
+    def num_leaves(self) -> int:
+        """Count all leaves."""
+        return self.num_ended() + len(self.going_on) ** self.depth
 
-TREE = Tree(VOCABULARY, MAX_RESPONSE_TOKENS)
+
+def world_tree(max_new_tokens: int) -> Tree:
+    """Return the tree of all responses in the words of the world.
+
+    Raises: InputError if there are too many to enumerate.
+    """
+    tree = Tree(VOCABULARY, max_new_tokens)
+    if tree.num_leaves() > MAX_LEAVES:
+        raise InputError(
+            f"--max_new_tokens={max_new_tokens}: {tree.num_leaves():,} responses are too many to "
+            f"enumerate, {MAX_LEAVES:,} at most"
+        )
+    return tree
 
 
 @torch.no_grad()
@@ -74,40 +91,51 @@ def leaf_logprobs(
     eos_id, going_on = tree.words.index(EOS), torch.tensor(tree.going_on)
     early = [i for i, word in enumerate(tree.words) if word in (EOS, CLOSING_TAG)]
     tokens, past = torch.tensor([list(prompt_ids)]), None
+    sight: dict[str, Tensor] = {}  # what a token may see, where that is not all before it
     prefix = torch.zeros(1, dtype=torch.float64)  # log-probability of each prefix
     ended = []
     for position in range(tree.depth):
-        output = model(input_ids=tokens, past_key_values=past, use_cache=True)
+        output = model(input_ids=tokens, past_key_values=past, use_cache=True, **sight)
         past = output.past_key_values
-        logits = output.logits[:, -1].double() / temperature  # (prefixes, V)
+        new = output.logits[:, -1:] if position == 0 else output.logits
+        logits = new.flatten(end_dim=1).double() / temperature  # (prefixes, V)
         if position < min_gen_len:
             logits[:, early] = -torch.inf
         logprobs = prefix[:, None] + logits.log_softmax(dim=1)
         ended.append(logprobs[:, eos_id])
         prefix = logprobs[:, going_on].flatten()
-        if position + 1 < tree.depth:
+        if position + 2 < tree.depth:
             past.batch_repeat_interleave(len(going_on))
             tokens = going_on.repeat(len(logits))[:, None]
+        elif position + 2 == tree.depth:
+            # The last tokens need no prefix of their own behind them: all that may follow a prefix
+            # stand in one row, at one place, and none sees another.
+            tokens = going_on.expand(len(logits), -1)
+            length = past.get_seq_length()
+            apart = torch.eye(len(going_on), dtype=torch.bool)
+            mask = torch.cat((apart.new_ones(len(going_on), length), apart), dim=1)
+            sight = {
+                "attention_mask": mask.expand(len(logits), 1, -1, -1),
+                "position_ids": torch.full_like(tokens, length),
+            }
     return torch.cat((*ended, prefix))
 
 
 @cache
-def graded_leaves() -> list[tuple[int, str]]:
+def graded_leaves(tree: Tree) -> list[tuple[int, str]]:
     """The leaves of the world that any prompt may grade above 1: a phrase, and at most one name."""
     shapes = [(phrase, *name) for phrase in MEANINGS for name in ((), *((n,) for n in NAMES))]
     texts = {" ".join(shape) for shape in shapes}
-    return [(leaf, text) for leaf, text in enumerate(TREE.texts()) if text in texts]
+    return [(leaf, text) for leaf, text in enumerate(tree.texts()) if text in texts]
 
 
-def leaf_rewards(prompt: str, *, missing_eos_penalty: float) -> Tensor:  # (N,) float64
-    """The reward that PPO maximises, of every leaf: gold, less the penalty for a missing EOS."""
-    num_ended = TREE.num_ended()
-    num_leaves = num_ended + len(TREE.going_on) ** TREE.depth
-    rewards = torch.ones(num_leaves, dtype=torch.float64)
-    leaves, texts = zip(*graded_leaves(), strict=True)
+def leaf_rewards(prompt: str, tree: Tree, *, missing_eos_penalty: float) -> Tensor:
+    """The reward (N,) that PPO maximises, of every leaf: gold, less the penalty without an EOS."""
+    rewards = torch.ones(tree.num_leaves(), dtype=torch.float64)
+    leaves, texts = zip(*graded_leaves(tree), strict=True)
     gold = gold_reward([prompt] * len(texts), list(texts))
     rewards[list(leaves)] = torch.tensor(gold, dtype=torch.float64)
-    rewards[num_ended:] -= missing_eos_penalty
+    rewards[tree.num_ended() :] -= missing_eos_penalty
     return rewards
 
 
@@ -128,39 +156,50 @@ def expectation(logprobs: Tensor, values: Tensor) -> Tensor:
     return torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * values).sum()
 
 
-def exact_figures(
-    logprobs: Tensor,  # (N,)  of the policy
-    start_logprobs: Tensor,  # (N,)  of the reference as it is sampled: -inf where it may not go
-    ref_logprobs: Tensor,  # (N,)  of the reference, over everything
-    rewards: Tensor,  # (N,)
-    *,
-    beta: float,
-) -> Exact:
-    """Compare a policy with the start and with the optimum.
+class Question(NamedTuple):
+    """A prompt, and all there is to know before a policy answers it: N leaves, float64."""
+
+    prompt_ids: list[int]
+    rewards: Tensor  # (N,)
+    start_logprobs: Tensor  # (N,)  of the reference as it is sampled: -inf where it may not go
+    ref_logprobs: Tensor  # (N,)  of the reference, over everything
+
+
+def optimum(question: Question, beta: float) -> tuple[Tensor, float]:
+    """Return the log-probabilities (N,) of pi*, and J(pi*) = beta * log Z.
 
     Source: Ziegler et al., 1909.08593; 2305.18290, equation 4.
 
     >>> half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    >>> r = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    >>> figures = exact_figures(half, half, half, r, beta=1.0)
-    >>> round(figures.best_objective, 4), figures.objective  # log((1 + e) / 2), 1/2
-    (0.6201, 0.5)
+    >>> question = Question([], torch.tensor([0.0, 1.0], dtype=torch.float64), half, half)
+    >>> best, objective = optimum(question, beta=1.0)
+    >>> [round(float(p), 4) for p in best.exp()], round(objective, 4)  # 1 : e, log((1 + e) / 2)
+    ([0.2689, 0.7311], 0.6201)
     """
-    weights = torch.where(start_logprobs.isneginf(), -torch.inf, ref_logprobs + rewards / beta)
+    weights = question.ref_logprobs + question.rewards / beta
+    weights = torch.where(question.start_logprobs.isneginf(), -torch.inf, weights)
     log_z = weights.logsumexp(dim=0)
-    best = weights - log_z
+    return weights - log_z, float(beta * log_z)
 
-    def figures(p: Tensor) -> tuple[float, float]:
-        return float(expectation(p, rewards)), float(expectation(p, p - ref_logprobs))
 
-    (reward, kl), (start_reward, start_kl) = figures(logprobs), figures(start_logprobs)
-    best_reward, best_kl = figures(best)
+def reward_and_kl(logprobs: Tensor, question: Question) -> tuple[float, float]:
+    """Return E[r], and KL from the reference in nats, of a policy given by its leaves (N,)."""
+    reward = expectation(logprobs, question.rewards)
+    return float(reward), float(expectation(logprobs, logprobs - question.ref_logprobs))
+
+
+def exact_figures(logprobs: Tensor, question: Question, *, beta: float) -> Exact:
+    """Compare a policy, given by its leaves (N,), with the start and with the optimum."""
+    best, best_objective = optimum(question, beta)
+    reward, kl = reward_and_kl(logprobs, question)
+    start_reward, start_kl = reward_and_kl(question.start_logprobs, question)
+    best_reward, best_kl = reward_and_kl(best, question)
     return Exact(
         reward=reward,
         kl=kl,
         objective=reward - beta * kl,
         start_objective=start_reward - beta * start_kl,
-        best_objective=float(beta * log_z),
+        best_objective=best_objective,
         best_reward=best_reward,
         best_kl=best_kl,
     )
@@ -172,28 +211,67 @@ def share_of_gain(figures: Sequence[Exact]) -> float:
     return gained / sum(f.best_objective - f.start_objective for f in figures)
 
 
-def exact_results(
-    policies: dict[str, Any],
+class Exam(NamedTuple):
+    """Questions to any number of policies, which are all sampled in the same way."""
+
+    questions: list[Question]
+    tree: Tree
+    temperature: float
+    min_gen_len: int
+
+    def leaves(self, policy: Any, prompt_ids: Sequence[int]) -> Tensor:  # (N,)
+        """Log-probabilities of a policy's responses, as it is sampled."""
+        return leaf_logprobs(
+            policy,
+            prompt_ids,
+            self.tree,
+            temperature=self.temperature,
+            min_gen_len=self.min_gen_len,
+        )
+
+    def figures(self, policy: Any, beta: float) -> list[Exact]:
+        """Compute a policy's figures on every prompt."""
+        policy = copy.deepcopy(policy).double()
+        answers = ((self.leaves(policy, q.prompt_ids), q) for q in self.questions)
+        return [exact_figures(leaves, q, beta=beta) for leaves, q in answers]
+
+    def frontier(self, betas: Sequence[float]) -> list[tuple[float, float]]:
+        """KL and reward of pi* at each beta: no policy lies above the curve through them."""
+        curve = []
+        for beta in betas:
+            best = [reward_and_kl(optimum(q, beta)[0], q) for q in self.questions]
+            reward, kl = (sum(column) / len(best) for column in zip(*best, strict=True))
+            curve.append((kl, reward))
+        return curve
+
+
+def prepare_exam(
+    reference: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     temperature: float,
-    beta: float,
     min_gen_len: int,
+    max_new_tokens: int,
     missing_eos_penalty: float,
-) -> dict[str, list[Exact]]:
-    """Compute every policy's figures on every prompt; the first policy is the reference."""
-    models = {name: copy.deepcopy(policy).double() for name, policy in policies.items()}
-    reference = next(iter(models.values()))
-    results: dict[str, list[Exact]] = {name: [] for name in models}
+) -> Exam:
+    """Enumerate the reference's responses to every prompt, and their rewards.
+
+    Raises: InputError if there are too many.
+    """
+    exam = Exam([], world_tree(max_new_tokens), temperature, min_gen_len)
+    reference = copy.deepcopy(reference).double()
     for prompt in prompts:
         prompt_ids = tokenizer(f"<instruction>{prompt}</instruction><response>")["input_ids"]
-        rewards = leaf_rewards(prompt, missing_eos_penalty=missing_eos_penalty)
-        leaves = partial(leaf_logprobs, prompt_ids=prompt_ids, tree=TREE, temperature=temperature)
-        ref_logprobs = leaves(reference, min_gen_len=0)
-        sampled = {name: leaves(model, min_gen_len=min_gen_len) for name, model in models.items()}
-        start_logprobs = next(iter(sampled.values()))
-        for name, logprobs in sampled.items():
-            figures = exact_figures(logprobs, start_logprobs, ref_logprobs, rewards, beta=beta)
-            results[name].append(figures)
-    return results
+        start_logprobs = exam.leaves(reference, prompt_ids)
+        exam.questions.append(
+            Question(
+                prompt_ids=prompt_ids,
+                rewards=leaf_rewards(prompt, exam.tree, missing_eos_penalty=missing_eos_penalty),
+                start_logprobs=start_logprobs,
+                ref_logprobs=exam._replace(min_gen_len=0).leaves(reference, prompt_ids)
+                if min_gen_len
+                else start_logprobs,
+            )
+        )
+    return exam

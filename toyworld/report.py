@@ -1,36 +1,72 @@
-"""Compare checkpoints on held-out prompts of the toy world, and write `report.md`.
+"""Judge checkpoints on held-out prompts of the toy world; write `report.md` and `report.html`.
 
     python -m toyworld.report --data_dir .data/toyworld/pref --rm_model_path .model/toyworld/rm/best
         --model SFT=.model/toyworld/sft/best --model PPO=.model/toyworld/ppo/best
 
-The first model is the reference of the others: gains are over it, KL is from it. The last columns
-are not sampled but computed, by `toyworld.optimum`, on the first `--num_exact` prompts.
+The first model is the reference of the others: gains are over it, KL is from it. Rewards and
+lengths are means over samples; KL and the share of the possible gain are computed from every
+response there can be, by `toyworld.optimum`, on the first `--num_exact` prompts. The pictures show
+the other epochs too that stand beside a checkpoint.
 """
 
 import argparse
-import json
-import os
+from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.arguments import Parser, count, non_negative, positive, positive_count
-from rlhf.errors import InputError, run_script
-from toyworld.measure import Result, load_policy, load_reward, load_tokenizer, measure
-from toyworld.optimum import Exact, exact_results, share_of_gain
-from toyworld.world import best_response, requests
+from rlhf.checkpoints import commit
+from rlhf.errors import run_script
+from toyworld.measure import (
+    Model,
+    load_policy,
+    load_reward,
+    load_tokenizer,
+    measure,
+    read_prompts,
+)
+from toyworld.optimum import Exam, prepare_exam
+from toyworld.page import page, picture, to_png
+from toyworld.pictures import (
+    FRONTIER_BETAS,
+    MARKED_BETAS,
+    Course,
+    Optimum,
+    Point,
+    Told,
+    frontier_picture,
+    told_picture,
+)
+from toyworld.runs import Run
+from toyworld.tables import (
+    Verdict,
+    html_table,
+    markdown_table,
+    results_rows,
+    sample_rows,
+)
+from toyworld.world import MAX_RESPONSE_TOKENS, requests
 
-NUM_SHOWN = 3  # prompts whose answers are shown
+FRONTIER_CAPTION = """The black line is the optimum: for every weight β of the KL it is known
+exactly, from all responses. The grey above it is out of reach for any policy. A large dot is the
+checkpoint in the table, the small ones are the other epochs on the way there from the reference. A
+good policy lies on the line, near the β it was trained with; below the line it pays more KL for its
+reward than it must, and far to the right it has left the reference for nothing."""
+TOLD_CAPTION = """What PPO was told, and what was true. With a reward model that learned from a
+careful annotator both rise together. One that learned from an annotator who likes long answers
+pays for a name where none was asked for: on those prompts the learned reward rises while the gold
+reward falls. That is over-optimisation (arXiv 2210.10760), and training itself cannot see it."""
 
 
-def named_path(text: str) -> tuple[str, str]:
+def named_path(text: str) -> Run:
     """Split NAME=PATH: an argparse type."""
     name, _, path = text.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"must be NAME=PATH, not {text!r}")
-    return name, path
+    return Run(name, Path(path))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,143 +83,148 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=PATH",
         help="a checkpoint and its name; the first is the reference (repeatable)",
     )
-    add("--rm_model_path", help="reward model, for the learned reward")
-    add("--out_dir", default=".model/toyworld", help="folder for report.md")
+    add("--rm_model_path", help="reward model, for the learned reward in the table")
+    add("--out_dir", default=".model/toyworld", help="folder for report.md and report.html")
     add("--temperature", type=positive, default=1.0, help="of all models")
     add("--num_samples", type=positive_count, default=4, help="responses to each prompt")
     add("--max_prompts", type=count, default=0, help="held-out prompts to use (0 = all)")
     add("--num_exact", type=positive_count, default=16, help="prompts to enumerate")
     add("--beta", type=positive, default=0.2, help="weight of the KL in the optimum")
     add("--min_gen_len", type=count, default=1, help="as in the rollouts, for the optimum")
+    add("--max_new_tokens", type=positive_count, default=MAX_RESPONSE_TOKENS, help="likewise")
     add("--missing_eos_penalty", type=non_negative, default=1.0, help="likewise")
     add("--seed", type=count, default=42, help="of the samples")
     args = parser.parse_args(argv)
-    names = [name for name, _ in args.model]
+    names = [run.name for run in args.model]
     if len(set(names)) < len(names):
         parser.error(f"--model: each needs a name of its own, not {', '.join(names)}")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure every model, print the report and write it."""
+    """Judge every checkpoint, print the tables, write the report."""
     disable_progress_bar()
     set_verbosity_error()  # generate() warns that responses which have ended go on in EOS
-    prompts = read_prompts(Path(args.data_dir))[: args.max_prompts or None]
-    flags = {name: f"--model={name}={path}" for name, path in args.model}
-    policies = {name: load_policy(flag) for name, flag in flags.items()}
-    first = next(iter(policies))
-    tokenizer = load_tokenizer(flags[first])
-    reward = load_reward(f"--rm_model_path={args.rm_model_path}") if args.rm_model_path else None
-    results = {}
-    for name, policy in policies.items():
+    prompts = read_prompts(args.data_dir, "eval")[: args.max_prompts or None]
+    reference, *others = args.model
+    tokenizer = load_tokenizer(reference.path, flag=reference.flag)
+    first_policy = load_policy(reference.path, flag=reference.flag)
+    exam = prepare_exam(
+        first_policy,
+        tokenizer,
+        prompts[: args.num_exact],
+        temperature=args.temperature,
+        min_gen_len=args.min_gen_len,
+        max_new_tokens=args.max_new_tokens,
+        missing_eos_penalty=args.missing_eos_penalty,
+    )
+    followed = {run.followed_reward() for run in others}
+    paths = sorted(path for path in {args.rm_model_path, *followed} if path)
+    rewards = {path: load_reward(path, flag="--rm_model_path") for path in paths}
+
+    def judge(policy: Model) -> Verdict:
         torch.manual_seed(args.seed)
-        results[name] = measure(
+        result = measure(
             policy,
-            policies[first],
-            reward,
+            rewards,
             tokenizer,
             prompts,
             num_samples=args.num_samples,
             temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
         )
-    exact = exact_results(
-        policies,
-        tokenizer,
-        prompts[: args.num_exact],
-        temperature=args.temperature,
-        beta=args.beta,
-        min_gen_len=args.min_gen_len,
-        missing_eos_penalty=args.missing_eos_penalty,
-    )
+        return Verdict(result, exam.figures(policy, args.beta))
+
+    epochs = {
+        run.name: {e: judge(load_policy(p, flag=run.flag)) for e, p in run.epochs().items()}
+        for run in others
+    }
+    start = judge(first_policy)
+    verdicts = {run.name: epochs[run.name][run.epoch] for run in others}
+    verdicts = {reference.name: start, **verdicts}
     note = (
         f"{len(prompts)} held-out prompts, {args.num_samples} responses each, temperature "
-        f"{args.temperature:g}. ± is one standard error over prompts. Exact KL, and the share "
-        f"of the possible gain in reward - {args.beta:g} KL, are computed from every response to "
-        f"{len(exact[first])} of the prompts."
+        f"{args.temperature:g}. ± is one standard error over prompts. Exact KL, and the share of "
+        f"the possible gain in reward - {args.beta:g} KL, are computed from all "
+        f"{exam.tree.num_leaves():,} responses to each of {len(exam.questions)} prompts."
     )
-    report = f"{results_table(results, exact)}\n\n{note}\n\n{samples_table(prompts, results)}"
-    path = Path(args.out_dir) / "report.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(".report.md.partial")
-    partial.write_text(report + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    print(f"{report}\n\nreport: {path}")
+    tables = results_rows(verdicts, args.rm_model_path), sample_rows(prompts, verdicts)
+    text = f"{markdown_table(tables[0])}\n\n{note}\n\n{markdown_table(tables[1])}\n"
+    out_dir = Path(args.out_dir)
+    write_text(out_dir / "report.md", text)
+    sections = [
+        ("Results", [html_table(tables[0]), f"<p>{note}</p>"]),
+        ("Reward against KL", frontier_section(args.model, start, epochs, exam)),
+        ("Learned against gold reward", told_section(args.model, start, epochs, prompts)),
+        ("Samples", [html_table(tables[1])]),
+        ("Training curves", training_curves(args.model, args.rm_model_path)),
+    ]
+    write_text(out_dir / "report.html", page("The toy world: what was learned", sections))
+    print(f"{text}\nreport: {out_dir / 'report.html'}, a page with pictures; as text: report.md")
     print("next: sh exec_load_dataset.sh, the same stages on UltraFeedback and GPT-2")
 
 
-def read_prompts(data_dir: Path) -> list[str]:
-    """Read the held-out prompts; raise InputError if they are missing or not of this world."""
-    path = data_dir / "eval.jsonl"
-    try:
-        with path.open(encoding="utf-8") as file:
-            prompts = [json.loads(line)["prompt"] for line in file]
-    except FileNotFoundError as error:
-        raise InputError(f"--data_dir={data_dir}: there is no {path}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--data_dir={data_dir}: {path} holds a line without a prompt") from error
-    strangers = [repr(prompt) for prompt in prompts if prompt not in requests()]
-    if strangers or not prompts:
-        found = strangers[0] if strangers else "nothing"
-        raise InputError(f"--data_dir={data_dir}: {path} holds {found}, no prompt of the toy world")
-    return prompts
+def frontier_section(
+    runs: list[Run],
+    start: Verdict,
+    epochs: Mapping[str, Mapping[int, Verdict]],
+    exam: Exam,
+) -> list[str]:
+    """Draw all epochs of all runs under the frontier."""
+
+    def point(verdict: Verdict) -> Point:
+        return Point(verdict.mean("kl"), verdict.mean("reward"))
+
+    courses = {runs[0].name: Course([], point(start))}
+    for run in runs[1:]:
+        points = {epoch: point(verdict) for epoch, verdict in epochs[run.name].items()}
+        courses[run.name] = Course([*points.values()], points[run.epoch])
+    betas = sorted({*FRONTIER_BETAS, *MARKED_BETAS})
+    frontier = [Optimum(b, *best) for b, best in zip(betas, exam.frontier(betas), strict=True)]
+    png = to_png(frontier_picture(courses, frontier))
+    return [picture(png, "reward against KL"), f"<p>{FRONTIER_CAPTION}</p>"]
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:  # (N,)
-    """Return the mean over prompts, and its standard error.
+def told_section(
+    runs: list[Run],
+    start: Verdict,
+    epochs: Mapping[str, Mapping[int, Verdict]],
+    prompts: list[str],
+) -> list[str]:
+    """Draw what runs of PPO were told by a reward model, and what was true."""
+    told = {
+        run.name: [
+            Told(epoch, verdict.result.learned[reward], verdict.result.gold)
+            for epoch, verdict in {0: start, **epochs[run.name]}.items()
+        ]
+        for run in runs[1:]
+        if (reward := run.followed_reward())
+    }
+    if not told:
+        return []
+    brief = torch.tensor([requests()[prompt].length == "brief" for prompt in prompts])
+    groups = {"all prompts": torch.ones_like(brief), "brief answer wanted": brief}
+    png = to_png(told_picture(told, groups))
+    return [picture(png, "learned and gold reward over epochs"), f"<p>{TOLD_CAPTION}</p>"]
 
-    >>> mean_and_error(torch.tensor([1.0, 3.0]))
-    (2.0, 1.0)
-    """
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """Lay out a table, its header first, so that it reads well as plain text too.
-
-    >>> print(markdown_table([["model", "KL"], ["SFT", "0"]]))
-    | model | KL |
-    |-------|----|
-    | SFT   | 0  |
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
+def training_curves(runs: list[Run], rm_model_path: str | None) -> list[str]:
+    """Take over the pictures that the stages drew of themselves."""
+    if rm_model_path:
+        runs = [*runs, Run("RM", Path(rm_model_path))]
+    found = {run.name: run.curves() for run in runs if run.curves().is_file()}
+    return [
+        f"<h3>{escape(name)}</h3>{picture(path.read_bytes(), f'training of {name}')}"
+        for name, path in found.items()
     ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def results_table(results: dict[str, Result], exact: dict[str, list[Exact]]) -> str:
-    """Lay out a line for each model, with its gain over the first, paired by prompt."""
-    first, reference = next(iter(results.items()))
-    header = ["model", "gold reward", f"gain over {first}", "learned reward", f"KL from {first}"]
-    rows = [[*header, "tokens", "exact KL", "share of possible gain"]]
-    for name, result in results.items():
-        mean, error = mean_and_error(result.gold)
-        gain, gain_error = mean_and_error(result.gold - reference.gold)
-        errors = f" ({gain / gain_error:.0f} standard errors)" if gain_error > 0 else ""
-        rows.append(
-            [
-                name,
-                f"{mean:.2f} ± {error:.2f}",
-                "" if name == first else f"{gain:+.2f}{errors}",
-                "" if result.learned is None else f"{result.learned.mean():.2f}",
-                f"{result.kl.mean():.2f}",
-                f"{result.length.mean():.2f}",
-                f"{sum(figures.kl for figures in exact[name]) / len(exact[name]):.2f}",
-                "" if name == first else f"{share_of_gain(exact[name]):.1%}",
-            ]
-        )
-    return markdown_table(rows)
-
-
-def samples_table(prompts: list[str], results: dict[str, Result]) -> str:
-    """Lay out every model's first answer to a few prompts, spread evenly over the file."""
-    rows = [["prompt", "best answer", *results]]
-    for i in range(0, len(prompts), max(len(prompts) // NUM_SHOWN, 1)):
-        answers = [result.texts[i] for result in results.values()]
-        rows.append([prompts[i], best_response(requests()[prompts[i]]), *answers])
-    return markdown_table(rows[: NUM_SHOWN + 1])
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole as soon as it has its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    commit(temporary, path)
 
 
 if __name__ == "__main__":

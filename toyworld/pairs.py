@@ -1,0 +1,140 @@
+"""Pairs of a model's own responses, judged by an annotator: the data that DPO's theory asks for.
+
+    python -m toyworld.pairs --sft_model_path .model/toyworld/sft/best
+
+Every pair is two responses of the SFT model to one prompt. The `bradley-terry` annotator prefers
+y to y' with probability sigmoid(s * (r(y) - r(y'))), s = 1 / NOISE = 2, whatever the pair; then the
+minimum of DPO's loss at beta_DPO = s * beta is the optimum of E[r] - beta * KL (2305.18290,
+section 4). Where the better one always wins, there is no finite minimum.
+
+The theory needs pairs from everywhere that the model goes. So responses that did not end are data
+too, and cost the annotator's favour what they cost PPO; `--max_len` cuts them again where training
+reads them. (One kind cannot be written down: an EOS without the closing tag before it.)
+"""
+
+import argparse
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.arguments import Parser, count, non_negative, positive, positive_count
+from rlhf.errors import run_script
+from rlhf.records import PairRecord, prompt_id, write_records
+from toyworld.annotators import ANNOTATORS, annotate
+from toyworld.measure import EOS_ID, Model, load_policy, load_tokenizer, read_prompts, sample
+from toyworld.world import EOS, MAX_RESPONSE_TOKENS, TAGS, VOCABULARY, gold_reward, requests
+
+CHUNK = 2048  # prompts that are answered together: memory only
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read and check the arguments."""
+    parser = Parser("Write pairs of a model's own responses, as an annotator prefers them.")
+    parser.prog = "toyworld.pairs"
+    add = parser.add_argument
+    add("--sft_model_path", required=True, help="who answers, and later DPO's reference")
+    add("--data_dir", default=".data/toyworld/pref", help="its prompts are used, each many times")
+    add("--out_dir", default=".data/toyworld/pairs", help="folder for train.jsonl and eval.jsonl")
+    add("--num_pairs", type=positive_count, default=20_000, help="to draw for training")
+    add("--annotator", choices=ANNOTATORS, default="bradley-terry", help="who judges")
+    add("--temperature", type=positive, default=1.0, help="of the responses")
+    add("--missing_eos_penalty", type=non_negative, default=1.0, help="as in PPO")
+    add("--seed", type=count, default=42, help="of responses and noise")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write both sides into a folder aside, then put it in the place of what was there."""
+    flag = "--sft_model_path"
+    policy = load_policy(args.sft_model_path, flag=flag)
+    tokenizer = load_tokenizer(args.sft_model_path, flag=flag)
+    prompts = {side: read_prompts(args.data_dir, side) for side in ("train", "eval")}
+    out_dir = Path(args.out_dir)
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch.manual_seed(args.seed)
+    noise = random.Random(args.seed)
+    for side, num_pairs in (("train", args.num_pairs), ("eval", max(args.num_pairs // 10, 1))):
+        asked = [prompts[side][i % len(prompts[side])] for i in range(num_pairs)]
+        pairs = draw_pairs(args, policy, tokenizer, asked, noise)
+        written = write_records(partial / f"{side}.jsonl", pairs)
+        print(f"{side}: {written} pairs of {num_pairs} drawn; the others hold two equal responses")
+    shutil.rmtree(out_dir, ignore_errors=True)
+    partial.rename(out_dir)
+
+
+def draw_pairs(
+    args: argparse.Namespace,
+    policy: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[str],
+    noise: random.Random,
+) -> Iterator[PairRecord]:
+    """Yield a pair for each prompt whose two responses differ, and are not liked alike."""
+    for start in range(0, len(asked), CHUNK):
+        prompts = asked[start : start + CHUNK]
+        sequences = sample(
+            policy,
+            tokenizer,
+            [prompt for prompt in prompts for _ in range(2)],
+            temperature=args.temperature,
+            max_new_tokens=MAX_RESPONSE_TOKENS,
+        )
+        responses = [
+            ids[mask].tolist()
+            for ids, mask in zip(sequences.ids, sequences.response_mask, strict=True)
+        ]
+        for i, prompt in enumerate(prompts):
+            liked = [
+                (score(args, prompt, text, noise, ended=ids[-1] == EOS_ID), text)
+                for ids in responses[2 * i : 2 * i + 2]
+                if (text := as_text(ids)) is not None
+            ]
+            if len(liked) < 2 or liked[0][1] == liked[1][1] or liked[0][0] == liked[1][0]:
+                continue
+            (low, rejected), (high, chosen) = sorted(liked)
+            yield PairRecord(
+                prompt=prompt,
+                chosen=chosen,
+                rejected=rejected,
+                chosen_score=high,
+                rejected_score=low,
+                source=f"toyworld_{requests()[prompt].task}",
+                prompt_id=prompt_id(prompt),
+            )
+
+
+def score(
+    args: argparse.Namespace, prompt: str, response: str, noise: random.Random, *, ended: bool
+) -> float:
+    """Return the annotator's score of a response, 1 to 10."""
+    (gold,) = gold_reward([prompt], [response])
+    if not ended:
+        gold -= args.missing_eos_penalty
+    return float(annotate(args.annotator, gold, response, noise)["overall_score"])
+
+
+def as_text(ids: list[int]) -> str | None:
+    """Return the text from which the training scripts make these ids; None if there is none.
+
+    A response that did not end is written out, to be cut where it was cut before.
+
+    >>> hi, bye, tag, eos = map(VOCABULARY.index, ("hi", "bye", TAGS[-1], EOS))
+    >>> [as_text(ids) for ids in ([hi, tag, eos], [hi, eos], [tag, eos], [hi, bye, tag, hi])]
+    ['hi', None, None, 'hi bye </response> hi']
+    """
+    words = [VOCABULARY[i] for i in ids]
+    if words[-1] == EOS:
+        words, ending = words[:-2], words[-2:]
+        if ending[0] != TAGS[-1] or not words:
+            return None
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))
