@@ -30,7 +30,7 @@ from rlhf.arguments import (
     positive_count,
     seed,
 )
-from rlhf.batches import build_batch, micro_batches, padded_width, plan_epochs, sample_length
+from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.checkpoints import (
     RESUME,
     RunFolder,
@@ -150,9 +150,8 @@ def main(args: argparse.Namespace) -> None:
     for epoch, batches in enumerate(plan, start=1):
         for rows, progress in batches:
             means: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=runtime.device))
-            width = padded_width([sample for row in rows for sample in train[row]])
-            parts = micro_batches(len(rows), width, args.micro_batch_size, sequences_per_row=2)
-            for part in parts:
+            here = [lengths[row] for row in rows]
+            for part in micro_batches(here, args.micro_batch_size, sequences_per_row=2):
                 pairs = [train[row] for row in rows[part]]
                 logprobs = pair_logprobs(policy, pairs, pad_id, runtime)  # (B, 2)
                 terms = preference_terms(logprobs, ref_logprobs["train"][rows[part]], args.beta)
@@ -222,9 +221,8 @@ def all_logprobs(
     lengths = [max(map(sample_length, pair)) for pair in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
     logprobs = torch.zeros(len(pairs), 2, device=runtime.device)
-    size = args.micro_batch_size
-    width = padded_width([sample for pair in pairs for sample in pair])
-    for part in micro_batches(len(order), width, size, sequences_per_row=2):
+    ordered = [lengths[row] for row in order]
+    for part in micro_batches(ordered, args.micro_batch_size, sequences_per_row=2):
         rows = order[part]
         logprobs[rows] = pair_logprobs(model, [pairs[row] for row in rows], pad_id, runtime)
     return logprobs

@@ -31,7 +31,7 @@ from rlhf.arguments import (
     seed,
     share,
 )
-from rlhf.batches import build_batch, micro_batches, padded_width, plan_epochs, sample_length
+from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.checkpoints import RunFolder
 from rlhf.errors import InputError, run_script
 from rlhf.evaluation import pair_accuracy, spearman
@@ -179,10 +179,10 @@ def main(args: argparse.Namespace) -> None:
         model.train()
         for batch, progress in batches:
             loss = torch.zeros((), device=runtime.device)
-            width = padded_width([train.samples[row] for item in batch for row in items[item]])
-            per_item = 2 if pairwise else 1
             for part in micro_batches(
-                len(batch), width, args.micro_batch_size, sequences_per_row=per_item
+                [lengths[item] for item in batch],
+                args.micro_batch_size,
+                sequences_per_row=2 if pairwise else 1,
             ):
                 # Pairs come as all better ones, then all worse ones.
                 columns = zip(*(items[item] for item in batch[part]), strict=True)
@@ -256,7 +256,7 @@ def evaluate(
     model.eval()
     logits = torch.zeros(len(heldout.samples), device=runtime.device)
     order = sorted(range(len(heldout.samples)), key=heldout.lengths.__getitem__)
-    for part in micro_batches(len(order), padded_width(heldout.samples), args.micro_batch_size):
+    for part in micro_batches([heldout.lengths[row] for row in order], args.micro_batch_size):
         rows = order[part]
         logits[rows] = score_rows(model, heldout, rows, eos_id, runtime)
     logits = logits.cpu()

@@ -29,7 +29,7 @@ from rlhf.arguments import (
     seed,
     share,
 )
-from rlhf.batches import Batch, build_batch, micro_batches, padded_width, plan_epochs, sample_length
+from rlhf.batches import Batch, build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.checkpoints import RunFolder
 from rlhf.errors import run_script
 from rlhf.logprobs import token_logprobs
@@ -149,8 +149,7 @@ def main(args: argparse.Namespace) -> None:
         for rows, progress in batches:
             num_tokens = sum(len(train[row].response_ids) for row in rows)
             loss = torch.zeros((), device=runtime.device)
-            width = padded_width([train[row] for row in rows])
-            for part in micro_batches(len(rows), width, args.micro_batch_size):
+            for part in micro_batches([lengths[row] for row in rows], args.micro_batch_size):
                 batch = build_batch([train[row] for row in rows[part]], tokenizer.eos_token_id)
                 part_loss = summed_loss(model, batch.to(runtime.device), runtime) / num_tokens
                 part_loss.backward()
@@ -213,7 +212,7 @@ def evaluate(
     lengths = [sample_length(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lengths.__getitem__)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for part in micro_batches(len(order), padded_width(samples), args.micro_batch_size):
+    for part in micro_batches([lengths[row] for row in order], args.micro_batch_size):
         batch = build_batch([samples[row] for row in order[part]], pad_id)
         total += summed_loss(model, batch.to(runtime.device), runtime)
     loss = float(total) / sum(len(sample.response_ids) for sample in samples)

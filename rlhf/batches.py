@@ -31,6 +31,17 @@ class Batch(NamedTuple):
         """What of `input_ids` is real: (B, T) bool."""
         return torch.cat((self.prompt_mask, self.response_mask), dim=1)
 
+    def without_gaps(self) -> tuple[Tensor, Tensor]:
+        """Each row's tokens side by side: ids (B, longest row), and where each went (B, T).
+
+        What is behind a row's last token is no part of it; to causal attention it does not exist.
+        """
+        places = position_ids(self.mask)  # (B, T)
+        length = int(self.mask.sum(dim=1).max())
+        ids = self.input_ids.new_zeros(len(places), length + 1)
+        ids.scatter_(1, places.masked_fill(~self.mask, length), self.input_ids)
+        return ids[:, :length], places
+
     def select(self, rows: Tensor | slice) -> "Batch":
         """Keep some rows, and only the columns in which one of them has a token."""
         prompt_mask, response_mask = self.prompt_mask[rows], self.response_mask[rows]
@@ -81,12 +92,6 @@ def position_ids(mask: Tensor) -> Tensor:
     tensor([[0, 0, 1, 1]])
     """
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def padded_width(samples: Sequence[Sample]) -> int:
-    """Width T of the batch that these samples make: longest prompt and longest response."""
-    prompts, responses = zip(*samples, strict=True)
-    return max(map(len, prompts)) + max(map(len, responses))
 
 
 def sample_length(sample: Sample) -> int:
@@ -140,26 +145,31 @@ def plan_epochs(
 
 
 def micro_batches(
-    num_rows: int,
-    width: int,
+    lengths: Sequence[int],
     micro_batch_size: int,
     *,
     sequences_per_row: int = 1,
     tokens: int = TOKENS_PER_FORWARD,
 ) -> list[slice]:
-    """Cut the rows of a batch into slices of what one forward takes; a pair is two sequences.
+    """Cut rows of these lengths into slices of what one forward takes; a pair is two sequences.
 
-    `micro_batch_size` counts sequences. 0 takes as many of `width` tokens as keep a forward near
-    `tokens` of them: a choice by shape alone, so that it is the same in every run.
+    `micro_batch_size` counts sequences. 0 takes as many as hold at most `tokens`, padding included:
+    a choice by shape alone, so that it is the same in every run. A slice has at least one row.
 
-    >>> micro_batches(5, 100, 2)
+    >>> micro_batches([100] * 5, 2)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    >>> micro_batches(3, 4096, 0, sequences_per_row=2)
-    [slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)]
+    >>> micro_batches([100, 4000, 4096, 1], 0)
+    [slice(0, 2, None), slice(2, 4, None)]
     """
-    sequences = micro_batch_size or tokens // max(width, 1)
-    size = max(1, sequences // sequences_per_row)
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    slices, start, longest = [], 0, 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        sequences = (row + 1 - start) * sequences_per_row
+        most = micro_batch_size or tokens // max(longest, 1)
+        if sequences > most and row > start:
+            slices.append(slice(start, row))
+            start, longest = row, length
+    return [*slices, slice(start, len(lengths))]
 
 
 def micro_batches_by_length(
@@ -168,9 +178,8 @@ def micro_batches_by_length(
     """Cut rows of a batch into micro-batches of similar length, each without needless columns."""
     lengths = batch.mask.sum(dim=1).tolist()
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    width = batch.select(torch.tensor(ordered, device=batch.mask.device)).mask.shape[1]
     parts = [
         torch.tensor(ordered[part], device=batch.mask.device)
-        for part in micro_batches(len(ordered), width, micro_batch_size)
+        for part in micro_batches([lengths[row] for row in ordered], micro_batch_size)
     ]
     return [(part, batch.select(part)) for part in parts]

@@ -267,7 +267,7 @@ def generate(
     parts = []
     width = min(longest + num_positions, sampling.max_len)
     for part in micro_batches(
-        len(prompts), width, ROLLOUTS_PER_SEQUENCE * micro_batch_size, tokens=TOKENS_PER_ROLLOUT
+        [width] * len(prompts), ROLLOUTS_PER_SEQUENCE * micro_batch_size, tokens=TOKENS_PER_ROLLOUT
     ):
         noise = None
         if sampling.do_sampling:

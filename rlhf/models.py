@@ -1,7 +1,7 @@
 """The models of the pipeline: policy, frozen reference, reward model, critic.
 
-Every forward but the decoding of a rollout goes through `hidden_states`, which sets position ids
-from the mask. The shift by one between a state and the token that it predicts happens in
+Every forward but the decoding of a rollout goes through `hidden_states`, which knows how a batch is
+padded. The shift by one between a state and the token that it predicts happens in
 `response_states`, and only there.
 """
 
@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.batches import Batch, position_ids
+from rlhf.batches import Batch
 from rlhf.errors import InputError
 from rlhf.tokens import encode_texts, prepare_tokenizer
 
@@ -151,14 +151,17 @@ def set_generation_defaults(
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:  # (B, T, D)
-    """Run the trunk over a padded batch."""
+    """Run the trunk over a batch; what stands at padding means nothing.
+
+    The trunk sees each row's tokens side by side from the first column on. So positions count
+    themselves, causality alone keeps real tokens from padding, and without a mask attention takes
+    its fastest kernel.
+    """
     trunk = getattr(model, "base_model", model)
-    return trunk(
-        input_ids=batch.input_ids,
-        attention_mask=batch.mask.long(),
-        position_ids=position_ids(batch.mask),
-        use_cache=False,
-    ).last_hidden_state
+    ids, places = batch.without_gaps()  # (B, longest row), (B, T)
+    states = trunk(input_ids=ids, use_cache=False).last_hidden_state
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    return states[rows, places]
 
 
 def response_states(model: nn.Module, batch: Batch) -> Tensor:  # (B, R, D)

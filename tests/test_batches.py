@@ -57,12 +57,12 @@ def test_max_steps_caps_a_plan():
 
 
 def test_micro_batch_size_zero_is_chosen_from_shapes():
-    assert micro_batches(8, 1024, 0) == [slice(0, 8)]
-    assert micro_batches(9, 1024, 0) == [slice(0, 8), slice(8, 9)]
-    assert micro_batches(3, 100_000, 0) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert micro_batches([1024] * 8, 0) == [slice(0, 8)]
+    assert micro_batches([1024] * 9, 0) == [slice(0, 8), slice(8, 9)]
+    assert micro_batches([100_000] * 3, 0) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     # A pair is two sequences; one pair is the least.
-    assert micro_batches(4, 10, 4, sequences_per_row=2) == [slice(0, 2), slice(2, 4)]
-    assert micro_batches(2, 10, 1, sequences_per_row=2) == [slice(0, 1), slice(1, 2)]
+    assert micro_batches([10] * 4, 4, sequences_per_row=2) == [slice(0, 2), slice(2, 4)]
+    assert micro_batches([10] * 2, 1, sequences_per_row=2) == [slice(0, 1), slice(1, 2)]
 
 
 def test_micro_batches_by_length_hold_the_rows_they_name(batch, samples):
@@ -71,6 +71,27 @@ def test_micro_batches_by_length_hold_the_rows_they_name(batch, samples):
     for rows, part in parts:
         again = build_batch([samples[row] for row in rows], 0)
         assert all(torch.equal(a, b) for a, b in zip(part, again, strict=True))
+
+
+def test_micro_batches_hold_as_many_short_rows_as_fit():
+    lengths = [10, 20, 30, 100, 100, 1]
+    assert micro_batches(lengths, 0, tokens=200) == [slice(0, 3), slice(3, 5), slice(5, 6)]
+    assert micro_batches(lengths, 0, tokens=1) == [slice(i, i + 1) for i in range(6)]
+    assert micro_batches(lengths, 0, sequences_per_row=2, tokens=200) == [
+        slice(0, 3),
+        slice(3, 4),
+        slice(4, 5),
+        slice(5, 6),
+    ]
+
+
+def test_without_gaps_a_row_has_its_tokens_side_by_side():
+    batch = build_batch([Sample([1, 2, 3], [4]), Sample([5], [6, 7, 8])], pad_id=0)
+    ids, places = batch.without_gaps()
+    assert ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]  # not six columns: nothing is padded
+    assert places[batch.mask].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    found = ids[torch.arange(2)[:, None], places]
+    assert torch.equal(found[batch.mask], batch.input_ids[batch.mask])
 
 
 def test_padding_is_left_of_prompts_and_right_of_responses():

@@ -18,6 +18,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.errors import InputError
 from rlhf.records import PROMPT, read_split
@@ -76,6 +77,8 @@ def check_checkpoint(path: str | Path, flag: str, kind: str) -> None:
 def load_policy(path: str | Path, *, flag: str) -> Model:
     """Load a language model, without the sampling settings that are stored beside it."""
     check_checkpoint(path, flag, "LMHeadModel")
+    disable_progress_bar()
+    set_verbosity_error()  # generate() warns that responses which have ended go on in EOS
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=EOS_ID)
     return model

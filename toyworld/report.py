@@ -15,7 +15,6 @@ from html import escape
 from pathlib import Path
 
 import torch
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.arguments import Parser, count, non_negative, positive, positive_count
 from rlhf.checkpoints import commit
@@ -103,8 +102,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Judge every checkpoint, print the tables, write the report."""
-    disable_progress_bar()
-    set_verbosity_error()  # generate() warns that responses which have ended go on in EOS
     prompts = read_prompts(args.data_dir, "eval")[: args.max_prompts or None]
     reference, *others = args.model
     tokenizer = load_tokenizer(reference.path, flag=reference.flag)
