@@ -6,10 +6,12 @@ Every seed has a world of its own, and its own SFT model, which is the reference
 each beta: PPO on the gold reward itself, and DPO on 100,000 pairs of the reference's own responses,
 judged by Bradley-Terry, with beta_DPO = s * beta (s = 2 is the annotator's certainty). At one beta
 also what people do in practice: PPO on a learned reward, and DPO on best-against-worst pairs; and
-DPO on pairs drawn at temperature 1 instead of 1.25. All figures are exact, on held-out prompts.
+DPO on pairs drawn at temperatures 1 and 1.25 instead of 1.5. All figures are exact, on held-out
+prompts.
 
 Prints a table, writes benchmarks/results/toyworld_frontier.json and docs/toyworld_frontier.png.
-About half an hour on 2 CPU cores. `--from_results` draws and prints again what was measured.
+About three quarters of an hour on 2 CPU cores. `--from_results` draws and prints again what was
+measured.
 """
 
 import argparse
@@ -45,6 +47,7 @@ METHODS = {
     "dpo-own": "DPO, own pairs",
     "ppo-learned": "PPO, learned reward",
     "dpo-own-t1": "DPO, own pairs at temperature 1",
+    "dpo-own-t1.25": "DPO, own pairs at temperature 1.25",
     "dpo-best-worst": "DPO, best against worst (β_DPO = 1)",
 }
 
@@ -111,7 +114,7 @@ def train_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, d
         batch_size=16,
         num_epochs=5,
     )
-    drawn = {"own": 1.25, "own-t1": 1.0}
+    drawn = {"own": 1.5, "own-t1": 1.0, "own-t1.25": 1.25}
     for name, temperature in drawn.items():
         source = {"sft_model_path": sft / "best", "data_dir": prompts, "out_dir": folder / name}
         amount = {"num_pairs": args.num_pairs, "temperature": temperature}
@@ -138,7 +141,10 @@ def train_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, d
         "ppo-gold": {b: ppo("ppo-gold", b, reward_fn=gold) for b in args.betas},
         "dpo-own": {b: dpo("dpo-own", folder / "own", b / NOISE) for b in args.betas},
         "ppo-learned": {beta: ppo("ppo-learned", beta, rm_model_path=rm / "best")},
-        "dpo-own-t1": {beta: dpo("dpo-own-t1", folder / "own-t1", beta / NOISE)},
+        **{
+            name: {beta: dpo(name, folder / name.removeprefix("dpo-"), beta / NOISE)}
+            for name in ("dpo-own-t1", "dpo-own-t1.25")
+        },
         "dpo-best-worst": {beta: dpo("dpo-best-worst", prompts, 1.0, **best_worst)},
     }
 
@@ -157,13 +163,10 @@ def judge_seed(args: argparse.Namespace, seed: int, folder: Path) -> list[dict[s
         max_new_tokens=4,
         missing_eos_penalty=1.0,
     )
+    betas = sorted({*FRONTIER_BETAS, *args.betas})
     records: list[dict[str, Any]] = [
         {"seed": seed, "method": "optimum", "beta": beta, "kl": kl, "reward": reward, "share": 1.0}
-        for beta, (kl, reward) in zip(
-            FRONTIER_BETAS + tuple(args.betas),
-            exam.frontier(FRONTIER_BETAS + tuple(args.betas)),
-            strict=True,
-        )
+        for beta, (kl, reward) in zip(betas, exam.frontier(betas), strict=True)
     ]
     for method, by_beta in checkpoints.items():
         for beta, path in by_beta.items():
