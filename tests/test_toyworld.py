@@ -506,6 +506,16 @@ def test_pairs_are_read_as_the_training_scripts_read_them(
     assert again == rows
 
 
+def test_pairs_leave_other_files_of_the_folder_alone(checkpoints: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    given = [f"--sft_model_path={checkpoints / 'policy1'}", f"--data_dir={checkpoints}"]
+    pairs.main(pairs.parse_args([*given, f"--out_dir={tmp_path}", "--num_pairs=10"]))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["eval.jsonl", "notes.txt", "train.jsonl"]
+    with pytest.raises(SystemExit):
+        pairs.parse_args([*given, f"--out_dir={tmp_path / 'notes.txt'}"])
+
+
 def test_the_better_of_two_is_chosen_by_bradley_terry(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

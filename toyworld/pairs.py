@@ -41,20 +41,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out_dir", default=".data/toyworld/pairs", help="folder for train.jsonl and eval.jsonl")
     add("--num_pairs", type=positive_count, default=20_000, help="to draw for training")
     add("--annotator", choices=ANNOTATORS, default="bradley-terry", help="who judges")
-    add("--temperature", type=positive, default=1.0, help="of the responses")
+    add("--temperature", type=positive, default=1.25, help="of the responses")
     add("--missing_eos_penalty", type=non_negative, default=1.0, help="as in PPO")
     add("--seed", type=count, default=42, help="of responses and noise")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
+        parser.error(f"--out_dir={args.out_dir} is a file; give a folder")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write both sides into a folder aside, then put it in the place of what was there."""
+    """Write both sides aside, then put them in the place of those that were there."""
     flag = "--sft_model_path"
     policy = load_policy(args.sft_model_path, flag=flag)
     tokenizer = load_tokenizer(args.sft_model_path, flag=flag)
     prompts = {side: read_prompts(args.data_dir, side) for side in ("train", "eval")}
     out_dir = Path(args.out_dir)
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    partial = out_dir / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     torch.manual_seed(args.seed)
@@ -63,9 +66,10 @@ def main(args: argparse.Namespace) -> None:
         asked = [prompts[side][i % len(prompts[side])] for i in range(num_pairs)]
         pairs = draw_pairs(args, policy, tokenizer, asked, noise)
         written = write_records(partial / f"{side}.jsonl", pairs)
-        print(f"{side}: {written} pairs of {num_pairs} drawn; the others hold two equal responses")
-    shutil.rmtree(out_dir, ignore_errors=True)
-    partial.rename(out_dir)
+        print(f"{side}: {written} pairs of {num_pairs} drawn; twins and ties are left out")
+    for side in prompts:
+        (partial / f"{side}.jsonl").replace(out_dir / f"{side}.jsonl")
+    partial.rmdir()
 
 
 def draw_pairs(

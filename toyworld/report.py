@@ -94,6 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--missing_eos_penalty", type=non_negative, default=1.0, help="likewise")
     add("--seed", type=count, default=42, help="of the samples")
     args = parser.parse_args(argv)
+    if Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
+        parser.error(f"--out_dir={args.out_dir} is a file; give a folder")
     names = [run.name for run in args.model]
     if len(set(names)) < len(names):
         parser.error(f"--model: each needs a name of its own, not {', '.join(names)}")
