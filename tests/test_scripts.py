@@ -263,7 +263,7 @@ def test_micro_batch_size_changes_memory_and_not_the_gradient(
         gradients.clear()
     for size in (1, 3):
         error = (runs[size][0] - runs[0][0]).norm() / runs[0][0].norm()
-        assert float(error) <= 2e-6
+        assert float(error) <= 1e-5  # rounding: in float64 the same gradients agree to 1e-15
         for name in runs[0][1].keys() - {"tokens_per_second", "explained_variance"}:
             assert runs[size][1][name] == pytest.approx(runs[0][1][name], rel=1e-4, abs=1e-6), name
 
