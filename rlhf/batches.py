@@ -169,7 +169,7 @@ def micro_batches(
         if sequences > most and row > start:
             slices.append(slice(start, row))
             start, longest = row, length
-    return [*slices, slice(start, len(lengths))]
+    return [*slices, slice(start, len(lengths))] if lengths else []
 
 
 def micro_batches_by_length(

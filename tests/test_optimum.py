@@ -38,12 +38,14 @@ TREE = world_tree(MAX_RESPONSE_TOKENS)
 PROMPT = "greet casual brief to ada from bob"
 
 
-def small_model(seed):
+def small_model(seed, attention="sdpa"):
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=3, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5
     )
-    return GPT2LMHeadModel(config).eval().double()
+    model = GPT2LMHeadModel(config).eval().double()
+    model.set_attn_implementation(attention)
+    return model
 
 
 @torch.no_grad()
@@ -65,9 +67,12 @@ def brute_force(model, prompt_ids, temperature, min_gen_len):
     return found
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("temperature", "min_gen_len"), [(1.0, 0), (0.7, 1), (1.5, 2)])
-def test_enumeration_equals_brute_force_on_a_world_of_three_tokens(temperature, min_gen_len):
-    model, prompt_ids = small_model(0), [2, 1, 2]
+def test_enumeration_equals_brute_force_on_a_world_of_three_tokens(
+    temperature, min_gen_len, attention
+):
+    model, prompt_ids = small_model(0, attention), [2, 1, 2]
     settings = {"temperature": temperature, "min_gen_len": min_gen_len}
     logprobs = leaf_logprobs(model, prompt_ids, SMALL, **settings)
     expected = brute_force(model, prompt_ids, **settings)
@@ -167,7 +172,7 @@ def test_exact_reward_agrees_with_sampling():
 def test_only_graded_leaves_can_earn_more_than_1():
     texts = TREE.texts()
     graded = {leaf for leaf, _ in graded_leaves(TREE)}
-    some = range(0, len(texts), 37)
+    some = sorted({*range(0, len(texts), 37), *graded})
     for prompt in (PROMPT, "from eve part to bob full formal"):
         gold = gold_reward([prompt] * len(some), [texts[leaf] for leaf in some])
         rewards = leaf_rewards(prompt, TREE, missing_eos_penalty=0.0)

@@ -113,7 +113,9 @@ def leaf_logprobs(
             tokens = going_on.expand(len(logits), -1)
             length = past.get_seq_length()
             apart = torch.eye(len(going_on), dtype=torch.bool)
-            mask = torch.cat((apart.new_ones(len(going_on), length), apart), dim=1)
+            seen = torch.cat((apart.new_ones(len(going_on), length), apart), dim=1)
+            # Added to the scores, since not every attention takes a mask of booleans for one.
+            mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, -torch.inf)
             sight = {
                 "attention_mask": mask.expand(len(logits), 1, -1, -1),
                 "position_ids": torch.full_like(tokens, length),

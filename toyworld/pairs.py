@@ -8,8 +8,10 @@ minimum of DPO's loss at beta_DPO = s * beta is the optimum of E[r] - beta * KL 
 section 4). Where the better one always wins, there is no finite minimum.
 
 The theory needs pairs from everywhere that the model goes. So responses that did not end are data
-too, and cost the annotator's favour what they cost PPO; `--max_len` cuts them again where training
-reads them. (One kind cannot be written down: an EOS without the closing tag before it.)
+too, and cost the Bradley-Terry annotator's favour what they cost PPO; `--max_len` cuts them again
+where training reads them. Not written down can be an EOS without the closing tag before it, and the
+empty response, which `min_gen_len` forbids. Scores are clipped to 1 to 10: a penalty above 1 would
+leave the annotator's range.
 """
 
 import argparse
