@@ -50,7 +50,7 @@ from rlhf.experience import (
     rollout_metrics,
     token_numbers,
 )
-from rlhf.generation import Rollout, Sampling
+from rlhf.generation import Rollout, decoder_name
 from rlhf.losses import ppo_policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_sum, masked_whiten
 from rlhf.metrics import Metrics, say, show_samples
@@ -74,6 +74,7 @@ from rlhf.rewards import (
     score_by_model,
 )
 from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.sampling import Sampling
 from rlhf.tokens import count_dropped, early_end_ids, encode_prompts, has_room
 
 CONSOLE = [
@@ -236,6 +237,7 @@ def main(args: argparse.Namespace) -> None:
     )
     # Whatever may fail does so here, before an earlier run is moved away.
     untrained = evaluate(args, actors, tokenizer, score, heldout)
+    say(decoder_name(policy))
     say(warn_of_little_exploration(args))
     say(folder.start())
     metrics = Metrics(

@@ -40,10 +40,11 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import run_dpo  # noqa: E402
 import run_sft  # noqa: E402
 from rlhf.batches import build_batch, micro_batches, sample_length  # noqa: E402
-from rlhf.generation import Sampling, generate  # noqa: E402
+from rlhf.generation import generate  # noqa: E402
 from rlhf.losses import pairwise_reward_loss  # noqa: E402
 from rlhf.models import reward_logits  # noqa: E402
 from rlhf.runtime import Runtime, start_runtime  # noqa: E402
+from rlhf.sampling import Sampling  # noqa: E402
 from rlhf.tokens import Sample  # noqa: E402
 from toyworld.tables import markdown_table  # noqa: E402
 

@@ -8,8 +8,10 @@
     tokens       a record to prompt_ids and response_ids
     batches      ids to padded tensors, in a seeded, length-grouped order
     models       policy, reference, reward model and critic
-    generation   prompts to responses, in a batch
     logprobs     hidden states to log-probabilities of tokens and of sequences
+    sampling     logits to tokens, with seeded noise
+    kv_cache     what a decode loop remembers of its prompts
+    generation   prompts to responses, in a batch of slots
     experience   a rollout as policy, reference and critic see it, token by token
     rewards      a reward model's logit, or a Python function, to a score
     masked       means over real tokens

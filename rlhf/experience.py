@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.batches import Batch, micro_batches_by_length
 from rlhf.errors import RunError
-from rlhf.generation import Rollout, Sampling, generate
+from rlhf.generation import Rollout, generate
 from rlhf.logprobs import sequence_logprobs, token_logprobs, token_stats
 from rlhf.masked import masked_mean
 from rlhf.models import Critic, response_states
 from rlhf.runtime import Runtime
+from rlhf.sampling import Sampling
 from rlhf.tokens import decode_response
 
 

@@ -1,59 +1,26 @@
-"""Prompts to responses: a batched decode loop with a KV cache, and seeded noise.
-
-What a prompt gets depends on the prompt, the model and its own noise, and on nothing else: not on
-its batch mates, nor on the slot or the micro-batch it sits in.
-"""
+"""Prompts to responses: a batched decode loop over slots, which are refilled as responses end."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from rlhf.batches import TOKENS_PER_FORWARD, Batch, micro_batches, pad_left, position_ids
 from rlhf.errors import RunError
-from rlhf.logprobs import Support, forbid_early_end, full_logits
+from rlhf.kv_cache import SlotCache, has_plain_cache, takes_any_mask
+from rlhf.logprobs import Support, forbid_early_end_, full_logits
+from rlhf.sampling import Sampling, choose, uniform_noise
 
 # Decoding keeps only keys and values of a token, so more fit than in a training forward.
 ROLLOUTS_PER_SEQUENCE = 8
 TOKENS_PER_ROLLOUT = ROLLOUTS_PER_SEQUENCE * TOKENS_PER_FORWARD
-
-
-class Sampling(NamedTuple):
-    """How responses are drawn; the names are the flags'."""
-
-    do_sampling: bool
-    temperature: float
-    top_k: int  # 0 = off
-    top_p: float  # 1 = off
-    min_gen_len: int
-    max_new_tokens: int  # 0 = up to max_len
-    max_len: int  # prompt and response together
-    eos_id: int
-    early_end_ids: list[int]  # may not come at the first min_gen_len positions
-
-    def generation_config(self) -> dict[str, Any]:
-        """The same settings under the names of transformers' GenerationConfig."""
-        settings: dict[str, Any] = {"do_sample": self.do_sampling}
-        if self.do_sampling:
-            settings |= {
-                "temperature": self.temperature,
-                "top_k": self.top_k,
-                "top_p": self.top_p,
-            }
-        if self.max_new_tokens:
-            settings["max_new_tokens"] = self.max_new_tokens
-        else:
-            settings["max_length"] = self.max_len
-        if self.min_gen_len:
-            settings |= {
-                "min_new_tokens": self.min_gen_len,
-                "begin_suppress_tokens": self.early_end_ids,
-            }
-        return settings
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}  # at what has ended: on CUDA, that means waiting
+SPARE_COLUMNS = 128  # of the cache: how seldom it has to be moved
+REFILL_AT = 4  # prompts are read when one in so many slots is free
 
 
 class Rollout(NamedTuple):
@@ -79,171 +46,214 @@ class Rollout(NamedTuple):
         return self.support.select(rows, batch.response_ids.shape[1])
 
 
-def uniform_noise(seed: int, step: int, rows: Sequence[int], num_positions: int) -> Tensor:
-    """Uniform numbers in [0, 1) as a function of (seed, step, row, position): (B, positions).
+class Written:
+    """What has been written to each prompt so far. One row more takes what nobody asked for."""
 
-    Each row reads its own stream of a counter-based generator, Philox.
+    def __init__(self, limits: Tensor, noise: Tensor | None, s: Sampling) -> None:
+        num_rows, width = len(limits), int(limits.max())
+        self.limits, self.noise, self.s = limits, noise, s
+        self.nobody = num_rows
+        self.ids = limits.new_full((num_rows + 1, width), s.eos_id)
+        self.logprobs = torch.zeros(num_rows + 1, width, device=limits.device)
+        self.kept_ids: Tensor | None = None  # (N + 1, R, K)
+        self.lengths = limits.new_zeros(num_rows + 1)
+        self.healthy = torch.ones(num_rows + 1, dtype=torch.bool, device=limits.device)
+        self.early_end_ids = torch.tensor(s.early_end_ids, device=limits.device)
 
-    >>> torch.equal(uniform_noise(0, 1, [5, 7], 3)[1], uniform_noise(0, 1, [7], 9)[0, :3])
-    True
-    """
-    streams = [
-        np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, row]))
-        for row in rows
-    ]
-    return torch.from_numpy(np.stack([stream.random(num_positions) for stream in streams]))
+    def append(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose a token for each of these prompts, from logits (B, V), which may be overwritten.
+
+        Returns the tokens, and for whom to go on: the rows again, or `nobody`.
+        """
+        positions = self.lengths[rows]
+        self.healthy[rows] &= logits.amax(dim=1).isfinite()
+        if self.s.min_gen_len:
+            least = self.s.min_gen_len
+            forbid_early_end_(logits, positions, self.early_end_ids, min_gen_len=least)
+        asked = rows.clamp(max=self.nobody - 1)
+        uniform = None if self.noise is None else self.noise[asked, positions]
+        choice = choose(logits, uniform, self.s)
+        self.ids[rows, positions] = choice.tokens
+        self.logprobs[rows, positions] = choice.logprobs
+        if choice.kept_ids is not None:
+            self.keep(rows, positions, choice.kept_ids)
+        self.lengths[rows] = torch.where(rows < self.nobody, positions + 1, 0)
+        more = (choice.tokens != self.s.eos_id) & (positions + 1 < self.limits[asked])
+        return choice.tokens, rows.where(more, self.nobody)
+
+    def keep(self, rows: Tensor, positions: Tensor, kept_ids: Tensor) -> None:
+        """Store which ids could have been chosen."""
+        if self.kept_ids is None:
+            self.kept_ids = kept_ids.new_full((*self.ids.shape, kept_ids.shape[1]), -1)
+        more = kept_ids.shape[1] - self.kept_ids.shape[2]
+        self.kept_ids = pad(self.kept_ids, (0, max(more, 0)), value=-1)
+        self.kept_ids[rows, positions, : kept_ids.shape[1]] = kept_ids
+
+    def rollout(self, prompts: Sequence[Sequence[int]]) -> Rollout:
+        """Give everything as one batch.
+
+        Raises: RunError if the policy has diverged.
+        """
+        lengths, healthy = self.lengths[:-1], self.healthy[:-1]
+        if not healthy.all():
+            raise RunError(
+                f"sampling: the policy's logits are not finite for {int((~healthy).sum())} of"
+                f" {len(healthy)} prompts. A lower --learning_rate or --dtype=float32 may help"
+            )
+        width = int(lengths.max())
+        prompt_ids, prompt_mask = (x.to(lengths.device) for x in pad_left(prompts, self.s.eos_id))
+        response_mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+        response_ids = self.ids[:-1, :width].where(response_mask, self.s.eos_id)
+        kept_ids = None if self.kept_ids is None else self.kept_ids[:-1, :width]
+        support = Support(kept_ids, self.early_end_ids, self.s.min_gen_len)
+        return Rollout(
+            Batch(prompt_ids, prompt_mask, response_ids, response_mask),
+            None if self.noise is None else support,
+            self.logprobs[:-1, :width].masked_fill(~response_mask, 0.0),
+            (response_mask & (response_ids == self.s.eos_id)).any(dim=1),
+        )
 
 
-def kept_logits(
-    logits: Tensor,  # (B, V)
-    *,
-    top_k: int,
-    top_p: float,
-) -> tuple[Tensor, Tensor]:  # logits (B, K), falling, -inf where dropped; their ids (B, K)
-    """Keep the `top_k` largest, of these the fewest that hold `top_p` of the mass."""
-    values, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))
-    probabilities = values.softmax(dim=1)
-    mass_before = probabilities.cumsum(dim=1) - probabilities
-    values = values.masked_fill(mass_before >= top_p, -torch.inf)
-    width = int(values.isfinite().sum(dim=1).max())
-    return values[:, :width], ids[:, :width]
+class Slots:
+    """The rows of the forward that decodes: for which prompt each writes, and their cache."""
 
+    def __init__(self, model: PreTrainedModel, written: Written, size: int, columns: int) -> None:
+        device = model.device
+        self.model, self.written = model, written
+        self.cache = SlotCache(size, columns)
+        self.rows = torch.full((size,), written.nobody, device=device)  # (S,)
+        self.tokens, self.positions = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
+        self.mask = torch.zeros(size, columns, dtype=torch.bool, device=device)
+        self.end = 0  # the column that is filled next, in all slots
+        self.takes_any_mask = takes_any_mask(model)
+        self.takes_positions = "position_ids" in signature(model.base_model.forward).parameters
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:  # (B, K), (B,) -> (B,) column indices
-    """Draw from a categorical distribution by its inverse CDF: one uniform number a row.
+    def free(self) -> list[int]:
+        """Number the slots that write for nobody; waits for the device."""
+        return [slot for slot, row in enumerate(self.rows.tolist()) if row == self.written.nobody]
 
-    >>> draw(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([0.7], dtype=torch.float64))
-    tensor([1])
-    """
-    cdf = logits.double().softmax(dim=1).cumsum(dim=1)  # (B, K)
-    # The last entry is 1 up to rounding; scaled by it, no number can fall behind the last token.
-    target = (uniform * cdf[:, -1])[:, None]
-    return torch.searchsorted(cdf, target, right=True).squeeze(1)
-
-
-class Step(NamedTuple):
-    """One decoded token of each row."""
-
-    tokens: Tensor  # (B,)
-    logprobs: Tensor  # (B,)
-    kept_ids: Tensor | None  # (B, K) int32
-
-
-def sample_step(logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> Step:
-    """Choose the next tokens from logits (B, V) that are already divided by the temperature."""
-    if uniform is None:
-        tokens = logits.argmax(dim=1)
-        return Step(tokens, torch.zeros_like(logits[:, 0]), None)
-    if sampling.top_k == 0 and sampling.top_p == 1.0:
-        tokens = draw(logits, uniform)
-        return Step(tokens, logits.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0], None)
-    values, ids = kept_logits(logits, top_k=sampling.top_k, top_p=sampling.top_p)
-    columns = draw(values, uniform)[:, None]
-    return Step(
-        ids.gather(1, columns)[:, 0],
-        values.log_softmax(dim=1).gather(1, columns)[:, 0],
-        ids.masked_fill(values.isneginf(), -1).int(),
-    )
-
-
-def decode(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], noise: Tensor | None, s: Sampling
-) -> Rollout:
-    """Write the responses of one micro-batch, a token of every row at a time.
-
-    Raises: RunError if the policy has diverged.
-    """
-    device = model.device
-    prompt_ids, prompt_mask = (x.to(device) for x in pad_left(prompts, s.eos_id))  # (B, P)
-    early_end_ids = torch.tensor(s.early_end_ids, device=device)
-    head = model.get_output_embeddings()
-    limits = s.max_len - prompt_mask.sum(dim=1)  # (B,)
-    if s.max_new_tokens:
-        limits = limits.clamp(max=s.max_new_tokens)
-    tokens, mask, positions, cache = prompt_ids, prompt_mask, position_ids(prompt_mask), None
-    running = healthy = torch.ones_like(limits, dtype=torch.bool)  # (B,)
-    steps: list[Step] = []
-    for t in range(int(limits.max())):
-        output = model.base_model(
-            input_ids=tokens,
-            attention_mask=mask.long(),
-            position_ids=positions,
+    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Run new tokens (B, N); returns the logits after the last, (B, V)."""
+        output = self.model.base_model.forward(  # not a compiled call: its shapes keep changing
+            input_ids=ids,
+            attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
+            **({"position_ids": positions} if self.takes_positions else {}),
         )
-        cache = output.past_key_values
-        logits = full_logits(output.last_hidden_state[:, -1], head, s.temperature)  # (B, V)
-        healthy = healthy & logits.isfinite().all(dim=1)
-        logits = logits.nan_to_num()  # so that sampling stays in range until the run is stopped
-        if t < s.min_gen_len:
-            here = torch.full_like(limits, t)
-            logits = forbid_early_end(logits, here, early_end_ids, min_gen_len=s.min_gen_len)
-        step = sample_step(logits, None if noise is None else noise[:, t], s)
-        steps.append(step._replace(tokens=step.tokens.where(running, s.eos_id)))
-        mask = torch.cat((mask, running[:, None]), dim=1)
-        running = running & (steps[-1].tokens != s.eos_id) & (t + 1 < limits)
-        if not running.any():
-            break
-        tokens, positions = steps[-1].tokens[:, None], position_ids(mask)[:, -1:]
-    if not healthy.all():
-        raise RunError(
-            f"sampling: the policy's logits are not finite for {int((~healthy).sum())} of"
-            f" {len(healthy)} prompts. A lower --learning_rate or --dtype=float32 may help"
+        head = self.model.get_output_embeddings()
+        temperature = self.written.s.temperature
+        return full_logits(output.last_hidden_state[:, -1], head.weight, head.bias, temperature)
+
+    def fill(self, free: list[int], rows: list[int], prompts: list[Sequence[int]]) -> None:
+        """Let these slots read new prompts, none longer than those before, and choose a token."""
+        device = self.rows.device
+        lengths = [len(prompt) for prompt in prompts]
+        self.end = max(self.end, lengths[0])
+        for part in micro_batches(lengths, 0):
+            slots, here = (torch.tensor(x[part], device=device) for x in (free, rows))
+            ids, mask = (x.to(device) for x in pad_left(prompts[part], self.written.s.eos_id))
+            read = DynamicCache()
+            logits = self.logits(ids, mask.long(), position_ids(mask), read)
+            self.cache.store(slots, read, self.end)
+            self.mask[slots] = pad(mask, (self.end - mask.shape[1], self.mask.shape[1] - self.end))
+            self.tokens[slots], self.rows[slots] = self.written.append(here, logits)
+            self.positions[slots] = mask.sum(dim=1) - 1
+
+    def step(self) -> None:
+        """Run the tokens that were chosen, and choose the next."""
+        goes_on = self.rows < self.written.nobody
+        self.positions = torch.where(goes_on, self.positions + 1, 0)
+        self.mask[:, self.end] = True
+        self.end += 1
+        mask = self.mask[:, : self.end]
+        mask = mask[:, None, None] if self.takes_any_mask else mask.long()
+        logits = self.logits(self.tokens[:, None], mask, self.positions[:, None], self.cache)
+        self.tokens, self.rows = self.written.append(self.rows, logits)
+
+    def make_room(self, columns: int) -> None:
+        """Move everything to the left, if fewer columns than these are left."""
+        if self.end + columns <= self.mask.shape[1]:
+            return
+        shift = int(self.mask[self.rows < self.written.nobody].any(dim=0).int().argmax())
+        self.mask = pad(self.mask[:, shift:], (0, shift))
+        self.cache.shift(shift)
+        self.end -= shift
+
+    def drop(self, free: list[int]) -> None:
+        """Give up slots that will not be needed again."""
+        kept = torch.tensor(sorted(set(range(len(self.rows))) - set(free)), device=self.rows.device)
+        self.rows, self.tokens, self.positions, self.mask = (
+            x[kept] for x in (self.rows, self.tokens, self.positions, self.mask)
         )
-    return build_rollout(prompt_ids, prompt_mask, mask, steps, noise is not None, s)
+        self.cache.select(kept)
 
 
-def build_rollout(
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    mask: Tensor,
-    steps: list[Step],
-    sampled: bool,
-    s: Sampling,
-) -> Rollout:
-    """Stack the steps of a decode loop; `mask` (B, T) runs over prompts and responses."""
-    response_mask = mask[:, prompt_ids.shape[1] :]  # (B, R)
-    response_ids = torch.stack([step.tokens for step in steps], dim=1)
-    logprobs = torch.stack([step.logprobs for step in steps], dim=1)
-    kept_ids = None
-    if steps[0].kept_ids is not None:
-        rows = [step.kept_ids for step in steps if step.kept_ids is not None]
-        width = max(ids.shape[1] for ids in rows)
-        kept_ids = torch.stack([pad(ids, (0, width - ids.shape[1]), value=-1) for ids in rows], 1)
-    support = Support(kept_ids, torch.tensor(s.early_end_ids, device=mask.device), s.min_gen_len)
-    return Rollout(
-        Batch(prompt_ids, prompt_mask, response_ids, response_mask),
-        support if sampled else None,
-        logprobs.masked_fill(~response_mask, 0.0),
-        (response_mask & (response_ids == s.eos_id)).any(dim=1),
+def decode(slots: Slots, prompts: Sequence[Sequence[int]]) -> None:
+    """Write all responses: a token of every slot at a time."""
+    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # the longest first
+    size = len(slots.rows)
+    pace = STEPS_BETWEEN_LOOKS[slots.rows.device.type]
+    while True:
+        free = slots.free()
+        if waiting and len(free) >= max(1, size // REFILL_AT):
+            rows = [waiting.pop() for _ in free[: len(waiting)]]
+            slots.fill(free, rows, [prompts[row] for row in rows])
+            continue
+        if not waiting:
+            if len(free) == len(slots.rows):
+                return
+            if 2 * len(free) >= len(slots.rows):
+                slots.drop(free)
+        slots.make_room(pace)
+        for _ in range(pace):
+            slots.step()
+
+
+class DrawOurs(LogitsProcessor):
+    """Makes transformers' `generate` write what we choose: all other logits become -inf."""
+
+    def __init__(self, written: Written, rows: Tensor) -> None:
+        self.written, self.rows = written, rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Choose the next token of each row, from its logits (B, V)."""
+        logits = scores.float() / self.written.s.temperature
+        tokens, self.rows = self.written.append(self.rows, logits)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def ended(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A stopping criterion: which rows write for nobody any more (B,)."""
+        return self.rows == self.written.nobody
+
+
+def decode_by_transformers(
+    model: PreTrainedModel, written: Written, prompts: Sequence[Sequence[int]], part: slice
+) -> None:
+    """Write some responses by `generate`, for models that remember a text in ways of their own."""
+    s, device = written.s, model.device
+    ids, mask = (x.to(device) for x in pad_left(prompts[part], s.eos_id))
+    ours = DrawOurs(written, torch.arange(len(prompts), device=device)[part])
+    write: Any = model.generate
+    write(
+        ids,
+        attention_mask=mask.long(),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=written.ids.shape[1],
+            eos_token_id=s.eos_id,
+            pad_token_id=s.eos_id,
+        ),
+        logits_processor=[ours],
+        stopping_criteria=[ours.ended],
     )
 
 
-def join(parts: list[Rollout], eos_id: int) -> Rollout:
-    """Put micro-batches together again, padded to common widths."""
-    prompt_width = max(part.batch.prompt_ids.shape[1] for part in parts)
-    width = max(part.logprobs.shape[1] for part in parts)
-    columns: list[list[Tensor]] = [[], [], [], [], []]
-    for batch, _, logprobs, _ in parts:
-        left = (prompt_width - batch.prompt_ids.shape[1], 0)
-        right = (0, width - logprobs.shape[1])
-        columns[0].append(pad(batch.prompt_ids, left, value=eos_id))
-        columns[1].append(pad(batch.prompt_mask, left, value=False))
-        columns[2].append(pad(batch.response_ids, right, value=eos_id))
-        columns[3].append(pad(batch.response_mask, right, value=False))
-        columns[4].append(pad(logprobs, right))
-    joined = [torch.cat(column) for column in columns]
-    supports = [part.support for part in parts]
-    kept = [support.kept_ids for support in supports if support and support.kept_ids is not None]
-    support = supports[0]
-    if support and kept:
-        depth = max(ids.shape[2] for ids in kept)
-        kept = [
-            pad(ids, (0, depth - ids.shape[2], 0, width - ids.shape[1]), value=-1) for ids in kept
-        ]
-        support = support._replace(kept_ids=torch.cat(kept))
-    ended = torch.cat([part.ended for part in parts])
-    return Rollout(Batch(*joined[:4]), support, joined[4], ended)
+def decoder_name(model: PreTrainedModel) -> str:
+    """Say which of the two ways a model's rollouts go."""
+    if has_plain_cache(model):
+        return "rollouts: slots on one key-value cache"
+    return "rollouts: transformers' generate, since this model's cache is of its own kind (slower)"
 
 
 @torch.no_grad()
@@ -262,15 +272,20 @@ def generate(
     the sampling noise of a token depends on. `micro_batch_size` counts sequences of a training
     forward, as the flag does; of rollouts, eight times as many fit.
     """
-    longest = max(map(len, prompts))
-    num_positions = min(sampling.max_new_tokens or sampling.max_len, sampling.max_len)
-    parts = []
-    width = min(longest + num_positions, sampling.max_len)
-    for part in micro_batches(
-        [width] * len(prompts), ROLLOUTS_PER_SEQUENCE * micro_batch_size, tokens=TOKENS_PER_ROLLOUT
-    ):
-        noise = None
-        if sampling.do_sampling:
-            noise = uniform_noise(*noise_key, rows[part], num_positions).to(model.device)
-        parts.append(decode(model, prompts[part], noise, sampling))
-    return join(parts, sampling.eos_id)
+    limits = [sampling.max_len - len(prompt) for prompt in prompts]
+    if sampling.max_new_tokens:
+        limits = [min(limit, sampling.max_new_tokens) for limit in limits]
+    noise = None
+    if sampling.do_sampling:
+        noise = uniform_noise(*noise_key, rows, max(limits)).to(model.device)
+    written = Written(torch.tensor(limits, device=model.device), noise, sampling)
+    columns = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    columns += SPARE_COLUMNS
+    size = ROLLOUTS_PER_SEQUENCE * micro_batch_size
+    if has_plain_cache(model):
+        size = min(size or max(TOKENS_PER_ROLLOUT // columns, 1), len(prompts))
+        decode(Slots(model, written, size, columns), prompts)
+    else:
+        for part in micro_batches([columns] * len(prompts), size, tokens=TOKENS_PER_ROLLOUT):
+            decode_by_transformers(model, written, prompts, part)
+    return written.rollout(prompts)

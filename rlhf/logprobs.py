@@ -1,26 +1,27 @@
 """Hidden states to log-probabilities of tokens and sequences, and the entropy beside them.
 
-Logits over the vocabulary are made for a few hundred real response tokens at a time, in float32,
-and are gone before the next few hundred: a (B, T, V) tensor never exists. With gradients, each
-piece is computed again in the backward pass instead of being kept.
+Logits over the vocabulary are made in float32, at real response tokens only, and for some hundred
+of them at a time: a (B, T, V) tensor never exists.
 
 The policy is the distribution that is sampled. Where temperature, top-k, top-p and `min_gen_len`
 shape a rollout they shape its logprobs too, by way of a `Support`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Linear
+from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.masked import require_same_shape
 
-CHUNK = 512  # tokens whose logits exist at the same time: 100 MB with GPT-2's vocabulary
-
-Head = Callable[[Tensor], Tensor]  # (N, D) -> (N, V): the model's output embeddings
+CHUNK = 1024  # tokens whose logits are made together: 200 MB with GPT-2's vocabulary
+NUMBERS_KEPT = 2**28  # logprobs that wait for the backward pass: 1 GB; the rest is made again
 
 
 class Support(NamedTuple):
@@ -45,61 +46,149 @@ class TokenStats(NamedTuple):
     kept_mass: Tensor  # the part of the distribution over all tokens that lies in the support
 
 
-def forbid_early_end(
-    logits: Tensor,  # (N, V)
+def forbid_early_end_(
+    logits: Tensor,  # (N, V), changed in place
     positions: Tensor,  # (N,)  in the response, from 0
     early_end_ids: Tensor,
     *,
     min_gen_len: int,
 ) -> Tensor:  # (N, V)
     """Give a logit of -inf to the ids that may not come before position `min_gen_len`."""
-    ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    ends[early_end_ids] = True
-    return logits.masked_fill((positions < min_gen_len)[:, None] & ends, -torch.inf)
+    too_early = (positions < min_gen_len)[:, None]  # (N, 1)
+    logits[:, early_end_ids] = logits[:, early_end_ids].masked_fill(too_early, -torch.inf)
+    return logits
 
 
-def full_logits(hidden: Tensor, head: Head, temperature: float) -> Tensor:
+def full_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """Logits over the vocabulary in float32, whatever precision the trunk ran in: (N, V)."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.float()) / temperature
+        logits = linear(hidden.float(), weight, bias)
+    return logits if temperature == 1.0 else logits / temperature
 
 
-def support_logits(
-    logits: Tensor,  # (N, V)
-    positions: Tensor,  # (N,)
-    kept_ids: Tensor | None,  # (N, K)
-    support: Support | None,
-) -> Tensor:  # (N, V) or (N, K)
-    """Keep the logits of the support, in any order; the others are -inf or left out."""
-    if support is None:
-        return logits
-    if kept_ids is None:
-        return forbid_early_end(
-            logits, positions, support.early_end_ids, min_gen_len=support.min_gen_len
-        )
-    kept = logits.gather(1, kept_ids.clamp(min=0).long())
-    return kept.masked_fill(kept_ids < 0, -torch.inf)
+def logits_at(
+    hidden: Tensor,  # (N, D)
+    ids: Tensor,  # (N, K)
+    head: Linear,
+    temperature: float,
+) -> Tensor:  # (N, K)
+    """Logits of a few ids of each token, by those rows of the head alone."""
+    num_ids, (num_all, width) = ids.shape[1], head.weight.shape
+    if num_ids * width >= num_all:  # then gathering the rows would take more memory
+        return full_logits(hidden, head.weight, head.bias, temperature).gather(1, ids)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = embedding(ids, head.weight)  # (N, K, D)
+        logits = (rows * hidden.float()[:, None]).sum(dim=2)
+        if head.bias is not None:
+            logits = logits + head.bias[ids]
+    return logits / temperature
 
 
-Chunk = tuple[Tensor, Tensor, Tensor, Tensor | None]  # hidden, ids, positions, kept_ids
+class VocabularyLogprobs(torch.autograd.Function):
+    """log softmax of a linear head at one id a row, and its gradient, a chunk at a time.
+
+        z = (h W' + b) / temperature,  log p(y) = z[y] - log sum_v exp(z[v])
+        d log p(y) / dz[v] = [v = y] - p(v)
+
+    What waits for the backward pass is log p of every id, and there turns into the gradient of z in
+    place: one buffer, where autograd would hold the logits and make three more like them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        ids: Tensor,  # (N,)
+        positions: Tensor,  # (N,)
+        temperature: float,
+        support: Support | None,
+    ) -> Tensor:  # (N,)
+        """Keep what fits into `NUMBERS_KEPT`; the rest is computed again."""
+
+        def log_softmax(part: slice) -> Tensor:  # (at most CHUNK, V)
+            logits = full_logits(hidden[part], weight, bias, temperature)
+            if support is not None:
+                here, least = positions[part], support.min_gen_len
+                forbid_early_end_(logits, here, support.early_end_ids, min_gen_len=least)
+            return logits.log_softmax(dim=1)
+
+        ctx.save_for_backward(hidden, weight, ids)
+        ctx.log_softmax, ctx.temperature, ctx.kept = log_softmax, temperature, []
+        needed, chosen = any(ctx.needs_input_grad), []
+        for part in chunks(len(hidden)):
+            logprobs = log_softmax(part)
+            chosen.append(logprobs.gather(1, ids[part, None]).squeeze(1))
+            if needed and part.stop * len(weight) <= NUMBERS_KEPT:
+                ctx.kept.append(logprobs)
+        return torch.cat(chosen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # (N,)
+        hidden, weight, ids = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
+        weight_gradient = torch.zeros_like(weight) if wants_weight else None
+        bias_gradient = weight.new_zeros(len(weight)) if wants_bias else None
+        scaled = gradient[:, None] / ctx.temperature  # (N, 1)
+        for part in chunks(len(hidden)):
+            logprobs = ctx.kept.pop(0) if ctx.kept else ctx.log_softmax(part)
+            dz = logprobs.exp_().mul_(-scaled[part])  # (at most CHUNK, V)
+            dz.scatter_add_(1, ids[part, None], scaled[part])
+            if hidden_gradient is not None:
+                hidden_gradient[part] = (dz @ weight).to(hidden.dtype)
+            if weight_gradient is not None:
+                weight_gradient.addmm_(dz.T, hidden[part].to(weight.dtype))
+            if bias_gradient is not None:
+                bias_gradient += dz.sum(dim=0)
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
-def real_token_chunks(
-    hidden: Tensor, ids: Tensor, mask: Tensor, support: Support | None
-) -> Iterator[Chunk]:
-    """Yield the real tokens of a batch, at most CHUNK at a time, in the order of `x[mask]`."""
+def chunks(num_tokens: int) -> Iterator[slice]:
+    """Cut a number of tokens into slices of at most CHUNK."""
+    return (slice(i, min(i + CHUNK, num_tokens)) for i in range(0, num_tokens, CHUNK))
+
+
+class Tokens(NamedTuple):
+    """Real tokens of a batch, one after another."""
+
+    hidden: Tensor  # (N, D)
+    ids: Tensor  # (N,)
+    positions: Tensor  # (N,)
+    kept_ids: Tensor | None  # (N, K) int32
+
+    def slice(self, part: slice) -> "Tokens":
+        """Take some of them."""
+        kept_ids = None if self.kept_ids is None else self.kept_ids[part]
+        return Tokens(self.hidden[part], self.ids[part], self.positions[part], kept_ids)
+
+
+def real_tokens(hidden: Tensor, ids: Tensor, mask: Tensor, support: Support | None) -> Tokens:
+    """Pick the real tokens of a batch, in the order of `x[mask]`."""
     require_same_shape(hidden=hidden[:, :, 0], ids=ids, mask=mask)
     rows, positions = mask.nonzero(as_tuple=True)  # (N,) each
-    for r, p in zip(rows.split(CHUNK), positions.split(CHUNK), strict=True):
-        kept_ids = support.kept_ids[r, p] if support and support.kept_ids is not None else None
-        yield hidden[r, p], ids[r, p], p, kept_ids
+    all_kept = support.kept_ids if support else None
+    kept_ids = None if all_kept is None else all_kept[rows, positions]
+    return Tokens(hidden[rows, positions], ids[rows, positions], positions, kept_ids)
+
+
+def kept_logprobs(
+    hidden: Tensor, ids: Tensor, kept_ids: Tensor, head: Linear, temperature: float
+) -> Tensor:  # (N,)
+    """Logprobs of a chunk's ids among the ids that were kept beside them."""
+    kept = logits_at(hidden, kept_ids.clamp(min=0), head, temperature)  # (N, K)
+    kept = kept.masked_fill(kept_ids < 0, -torch.inf)
+    chosen = logits_at(hidden, ids[:, None], head, temperature)[:, 0]
+    return chosen - kept.logsumexp(dim=1)
 
 
 def token_logprobs(
     hidden: Tensor,  # (B, R, D)  the states that predict the response tokens
     ids: Tensor,  # (B, R)
     mask: Tensor,  # (B, R) bool
-    head: Head,
+    head: Linear,  # the model's output embeddings
     *,
     temperature: float,
     support: Support | None = None,
@@ -111,21 +200,24 @@ def token_logprobs(
 
     0 outside the mask. Without `support` the sum runs over the whole vocabulary.
     """
-
-    def chunk_logprobs(
-        hidden: Tensor, ids: Tensor, positions: Tensor, kept_ids: Tensor | None
-    ) -> Tensor:  # (N,)
-        logits = full_logits(hidden, head, temperature)
-        chosen = logits.gather(1, ids[:, None]).squeeze(1)
-        return chosen - support_logits(logits, positions, kept_ids, support).logsumexp(dim=1)
-
-    chunks = real_token_chunks(hidden, ids, mask, support)
-    if torch.is_grad_enabled():
-        again = partial(checkpoint, chunk_logprobs, use_reentrant=False, preserve_rng_state=False)
-        parts = [again(*chunk) for chunk in chunks]
-    else:
-        parts = [chunk_logprobs(*chunk) for chunk in chunks]
-    return spread(parts, mask)
+    tokens = real_tokens(hidden, ids, mask, support)
+    if tokens.kept_ids is None:
+        logprobs = VocabularyLogprobs.apply(
+            tokens.hidden,
+            head.weight,
+            head.bias,
+            tokens.ids,
+            tokens.positions,
+            temperature,
+            support,
+        )
+        return spread(logprobs, mask)
+    again = partial(checkpoint, kept_logprobs, use_reentrant=False, preserve_rng_state=False)
+    parts = [
+        again(tokens.hidden[part], tokens.ids[part], tokens.kept_ids[part], head, temperature)
+        for part in chunks(len(tokens.ids))
+    ]
+    return spread(torch.cat(parts), mask)
 
 
 @torch.no_grad()
@@ -133,27 +225,39 @@ def token_stats(
     hidden: Tensor,  # (B, R, D)
     ids: Tensor,  # (B, R)
     mask: Tensor,  # (B, R) bool
-    head: Head,
+    head: Linear,
     *,
     temperature: float,
     support: Support | None = None,
 ) -> TokenStats:
-    """`token_logprobs` without gradient, with entropy and kept mass from the same logits."""
+    """`token_logprobs` without gradient, with entropy and kept mass beside them."""
+    tokens = real_tokens(hidden, ids, mask, support)
     logprobs, entropy, kept_mass = [], [], []
-    for states, tokens, positions, kept_ids in real_token_chunks(hidden, ids, mask, support):
-        logits = full_logits(states, head, temperature)
-        allowed = support_logits(logits, positions, kept_ids, support)
-        logsumexp = allowed.logsumexp(dim=1)
-        logprobs.append(logits.gather(1, tokens[:, None]).squeeze(1) - logsumexp)
-        entropy.append(torch.special.entr((allowed - logsumexp[:, None]).exp()).sum(dim=1))
-        kept_mass.append((logsumexp - logits.logsumexp(dim=1)).exp())
-    return TokenStats(spread(logprobs, mask), spread(entropy, mask), spread(kept_mass, mask))
+    for part in chunks(len(tokens.ids)):
+        here = tokens.slice(part)
+        logits = full_logits(here.hidden, head.weight, head.bias, temperature)  # (N, V)
+        whole = logits.logsumexp(dim=1)
+        if here.kept_ids is not None:
+            logits = logits.gather(1, here.kept_ids.clamp(min=0).long())  # (N, K)
+            logits = logits.masked_fill(here.kept_ids < 0, -torch.inf)
+        elif support is not None:
+            least = support.min_gen_len
+            forbid_early_end_(logits, here.positions, support.early_end_ids, min_gen_len=least)
+        allowed = logits.log_softmax(dim=1)
+        if here.kept_ids is None:
+            chosen = allowed.gather(1, here.ids[:, None]).squeeze(1)
+        else:  # rounded as in training
+            chosen = kept_logprobs(here.hidden, here.ids, here.kept_ids, head, temperature)
+        logprobs.append(chosen)
+        entropy.append(-(allowed.exp() * allowed.clamp(min=torch.finfo().min)).sum(dim=1))
+        kept_mass.append((logits.logsumexp(dim=1) - whole).exp())
+    return TokenStats(*(spread(torch.cat(x), mask) for x in (logprobs, entropy, kept_mass)))
 
 
-def spread(parts: list[Tensor], mask: Tensor) -> Tensor:
-    """Put the numbers of the real tokens back into their places: a (B, R) tensor, 0 elsewhere."""
+def spread(numbers: Tensor, mask: Tensor) -> Tensor:  # (N,), (B, R) -> (B, R)
+    """Put the numbers of the real tokens back into their places: 0 elsewhere."""
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return zeros.masked_scatter(mask, torch.cat(parts)) if parts else zeros
+    return zeros.masked_scatter(mask, numbers)
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:  # (B, R), (B, R) -> (B,)

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
 from rlhf.batches import Batch
 from rlhf.errors import InputError
@@ -110,7 +111,17 @@ def load_weights(
 ) -> PreTrainedModel:
     """Load a model in float32 onto a device, in evaluation mode."""
     options = {"config": config, "dtype": torch.float32, "use_safetensors": True}
-    return from_pretrained(auto_class, path, flag, **options).to(device).eval()
+    model = from_pretrained(auto_class, path, flag, **options)
+    fuse_activations(model)
+    return model.to(device).eval()
+
+
+def fuse_activations(module: nn.Module) -> None:
+    """Let one kernel compute the tanh form of GELU, where a model writes it as eight operations."""
+    for name, child in module.named_children():
+        if isinstance(child, NewGELUActivation | FastGELUActivation):
+            setattr(module, name, GELUTanh())
+        fuse_activations(child)
 
 
 def load_policy(

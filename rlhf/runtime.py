@@ -1,6 +1,8 @@
 """Device, precision, seeds and trackers: the one place that knows accelerate."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -62,11 +64,26 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     else:
         device = torch.device("cpu")
         notice = "no CUDA device: running on the CPU"
+        keep_freed_memory()
     precision = dtype
     if dtype == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
+    # What autocast leaves in float32, above all the vocabulary's logits, keeps float32 storage and
+    # sums. In a bfloat16 run its products may take short cuts: TF32 on CUDA, bfloat16 on a CPU.
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
     accelerate.utils.set_seed(seed)
     return Runtime(device, precision, notice)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep large blocks that are freed, since the next step asks for the same.
+
+    By default it returns each to the system, which has to clear it when it is asked for again.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def installed_trackers() -> list[str]:

@@ -25,7 +25,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "tokens": {"records"},
     "batches": {"tokens"},
     "models": {"batches", "tokens"},
-    "generation": {"batches", "logprobs"},
+    "sampling": set(),
+    "kv_cache": set(),
+    "generation": {"batches", "kv_cache", "logprobs", "sampling"},
     "experience": {
         "batches",
         "generation",
@@ -33,6 +35,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "masked",
         "models",
         "runtime",
+        "sampling",
         "tokens",
     },
     "logprobs": {"masked"},

@@ -1,14 +1,18 @@
 """Rollouts: the same ids as one at a time, the distribution asked for, nothing overwritten."""
 
+import random
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 import rlhf.generation
 from rlhf.errors import RunError
-from rlhf.generation import Sampling, generate, kept_logits, uniform_noise
+from rlhf.generation import Slots, generate
+from rlhf.sampling import Sampling
 from tests.conftest import build_gpt2
 
 PROMPTS = [[11, 12, 13], [14, 15], [16, 17, 18, 19, 20, 21, 22], [23]]
@@ -74,54 +78,96 @@ def test_a_response_does_not_depend_on_batch_mates_or_slot(gpt2, settings, monke
     assert together == pieces == turned[::-1] == alone
 
 
-@pytest.mark.claim(11)
-def test_noise_is_a_function_of_seed_step_row_and_position():
-    noise = uniform_noise(1, 2, [3, 4], 50)
-    assert torch.equal(uniform_noise(1, 2, [4], 10)[0], noise[1, :10])
-    others = [uniform_noise(*key, rows, 50)[0] for key, rows in (((1, 3), [3]), ((0, 2), [3]))]
-    assert len({float(row[0]) for row in (noise[0], noise[1], *others)}) == 4
-    many = uniform_noise(0, 0, range(200), 100)
-    assert many.min() >= 0 and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
+def uneven_prompts(count):
+    rng = random.Random(1)
+    return [[rng.randrange(1, 60) for _ in range(rng.randint(1, 9))] for _ in range(count)]
 
 
-@pytest.mark.claim(10, 11)
-@pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.6}, {"min_gen_len": 1}]
-)
-def test_sampled_frequencies_follow_transformers_distribution(tokenizer, settings):
-    """Chi-square of 4,000 first tokens against the distribution that transformers samples from."""
-    model = build_gpt2(tokenizer, seed=3)
+@pytest.fixture
+def sometimes_ends(tokenizer):
+    """A model whose responses end at very different places."""
+    model = build_gpt2(tokenizer)
     with torch.no_grad():
-        model.lm_head.weight[24:] *= 0.01  # a small effective vocabulary, without ties
-        model.lm_head.weight[:24] *= 0.5
-    sampling = PLAIN._replace(max_new_tokens=1, early_end_ids=[0, 7], **settings)
-    responses, _ = roll_out(model, [[11, 12]] * 4000, sampling)
-    counts = Counter(response[0] for response in responses)
-    config = GenerationConfig(
-        max_new_tokens=1,
-        do_sample=True,
-        eos_token_id=0,
-        pad_token_id=0,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        begin_suppress_tokens=[0, 7] if sampling.min_gen_len else None,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    ids = torch.tensor([[11, 12]])
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    probabilities = theirs.scores[0][0].softmax(dim=0).tolist()
-    assert all(probabilities[token] > 0 for token in counts)
-    # Rare tokens go into one cell, so that every cell expects at least 5.
-    common = [t for t, p in enumerate(probabilities) if p * 4000 >= 5]
-    cells = [(counts[t], probabilities[t] * 4000) for t in common]
-    rest = 4000 - sum(count for count, _ in cells), 4000 - sum(e for _, e in cells)
-    cells += [rest] if rest[1] >= 5 else []
-    chi_square = sum((count - e) ** 2 / e for count, e in cells)
-    freedom = len(cells) - 1
-    # The mean of chi-square is its degrees of freedom, its variance twice that: 5 sigma.
-    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5 + 1
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+class Watched(Slots):
+    """Slots that count what is done with them."""
+
+    seen: ClassVar[Counter] = Counter()
+
+    def fill(self, free, rows, prompts):
+        self.seen["fill"] += 1
+        super().fill(free, rows, prompts)
+
+    def drop(self, free):
+        self.seen["drop"] += 1
+        super().drop(free)
+
+    def make_room(self, columns):
+        end = self.end
+        super().make_room(columns)
+        self.seen["shift"] += self.end < end
+
+
+@pytest.mark.claim(11)
+@pytest.mark.parametrize("pace", [1, 5])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5, "top_p": 0.9}, {"do_sampling": False}])
+def test_slots_are_refilled_and_no_response_changes(sometimes_ends, settings, pace, monkeypatch):
+    sampling = PLAIN._replace(max_new_tokens=20, max_len=24, **settings)
+    prompts = uneven_prompts(40)
+    alone = [roll_out(sometimes_ends, [p], sampling, rows=[i])[1] for i, p in enumerate(prompts)]
+    assert len({len(rollout.responses()[0]) for rollout in alone}) > 5
+    monkeypatch.setattr(rlhf.generation, "ROLLOUTS_PER_SEQUENCE", 1)
+    monkeypatch.setattr(rlhf.generation, "SPARE_COLUMNS", pace)
+    monkeypatch.setitem(rlhf.generation.STEPS_BETWEEN_LOOKS, "cpu", pace)
+    monkeypatch.setattr(rlhf.generation, "Slots", Watched)
+    Watched.seen.clear()
+    _, rollout = roll_out(sometimes_ends, prompts, sampling, micro_batch_size=6)
+    assert rollout.responses() == [one.responses()[0] for one in alone]
+    assert Watched.seen["fill"] > 2 and Watched.seen["drop"] and Watched.seen["shift"]
+    for row, one in enumerate(alone):
+        width = one.logprobs.shape[1]
+        torch.testing.assert_close(
+            rollout.logprobs[row, :width], one.logprobs[0], atol=1e-5, rtol=0
+        )
+        if "top_k" in settings:
+            kept = rollout.support.kept_ids[row, :width]
+            assert torch.equal(kept, one.support.kept_ids[0])
+
+
+@pytest.mark.claim(11)
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"min_gen_len": 3}, {"do_sampling": False}])
+def test_the_way_through_transformers_writes_the_same(sometimes_ends, settings, monkeypatch):
+    sampling, prompts = PLAIN._replace(max_new_tokens=20, max_len=24, **settings), uneven_prompts(9)
+    _, ours = roll_out(sometimes_ends, prompts, sampling)
+    monkeypatch.setattr(rlhf.generation, "has_plain_cache", lambda model: False)
+    _, theirs = roll_out(sometimes_ends, prompts, sampling, micro_batch_size=1)
+    assert ours.responses() == theirs.responses()
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(ours.ended, theirs.ended)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at whatever would make a GPU's host wait for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"}, name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_k": 5, "top_p": 0.9}])
+def test_no_token_waits_for_the_device(gpt2, settings, monkeypatch):
+    class Quick(Slots):
+        def step(self):
+            with NoWaiting():
+                super().step()
+
+    monkeypatch.setattr(rlhf.generation, "Slots", Quick)
+    sampling = PLAIN._replace(min_gen_len=1, **settings)
+    assert len(roll_out(gpt2, PROMPTS, sampling)[0]) == 4
 
 
 @pytest.mark.claim(12)
@@ -175,18 +221,3 @@ def test_a_policy_that_is_not_finite_samples_nothing(gpt2, settings):
         gpt2.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="not finite for 4 of 4 prompts"):
         roll_out(gpt2, PROMPTS, PLAIN._replace(**settings))
-
-
-def test_top_p_keeps_the_fewest_tokens_that_reach_it():
-    logits = torch.tensor([[0.1, 0.5, 0.4]]).log()
-    for top_p, expected in ((0.49, [1]), (0.51, [1, 2]), (0.89, [1, 2]), (0.91, [1, 2, 0])):
-        values, ids = kept_logits(logits, top_k=0, top_p=top_p)
-        assert ids[values.isfinite()].tolist() == expected
-
-
-def test_generation_config_tells_transformers_the_same(gpt2):
-    settings = PLAIN._replace(top_k=5, min_gen_len=1).generation_config()
-    GenerationConfig(**settings).validate()
-    assert settings["begin_suppress_tokens"] == [0, 30] and settings["max_new_tokens"] == 12
-    greedy = PLAIN._replace(do_sampling=False, max_new_tokens=0).generation_config()
-    assert greedy == {"do_sample": False, "max_length": 64}

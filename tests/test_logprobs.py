@@ -1,10 +1,12 @@
 """Logprobs against the plain definition: log_softmax of whole logits, then gather."""
 
+import copy
+
 import pytest
 import torch
 
 import rlhf.logprobs
-from rlhf.logprobs import Support, sequence_logprobs, token_logprobs, token_stats
+from rlhf.logprobs import Support, full_logits, sequence_logprobs, token_logprobs, token_stats
 
 B, R, D, V = 3, 5, 8, 23
 EARLY = torch.tensor([0, 4])
@@ -88,22 +90,54 @@ def test_kept_mass_and_entropy_follow_their_definitions(parts):
 
 
 @pytest.mark.claim(24)
-def test_gradients_equal_the_plain_ones(parts, monkeypatch):
+@pytest.mark.parametrize("numbers_kept", [2**28, 4 * V, 0], ids=["kept", "one chunk kept", "again"])
+@pytest.mark.parametrize("num_kept", [None, "early end", 6, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_equal_the_plain_ones(parts, monkeypatch, numbers_kept, num_kept, bias):
+    """Against autograd through whole logits in float64. 2 ids x 8 numbers < 23: rows gathered."""
     monkeypatch.setattr(rlhf.logprobs, "CHUNK", 4)
+    monkeypatch.setattr(rlhf.logprobs, "NUMBERS_KEPT", numbers_kept)
     hidden, head, mask, rng = parts
-    support, allowed, ids = kept_support(rng, 6)
+    if bias:
+        head.bias = torch.nn.Parameter(torch.randn(V, generator=rng))
+    support, allowed = None, torch.ones(B, R, V, dtype=torch.bool)
+    ids = torch.randint(5, V, (B, R), generator=rng)
+    if num_kept == "early end":
+        support = Support(None, EARLY, 2)
+        allowed[:, :2, EARLY] = False
+    elif num_kept:
+        support, allowed, ids = kept_support(rng, num_kept)
     gradients = []
-    for ours in (True, False):
-        states = hidden.clone().requires_grad_()
-        head.zero_grad()
-        if ours:
-            logprobs = token_logprobs(states, ids, mask, head, temperature=0.5, support=support)
+    for function, dtype in ((token_logprobs, torch.float32), (plain, torch.float64)):
+        states = hidden.to(dtype, copy=True).requires_grad_()
+        layer = copy.deepcopy(head).to(dtype)
+        if function is plain:
+            logprobs = plain(states, layer, ids, 0.5, allowed)
         else:
-            logprobs = plain(states, head, ids, 0.5, allowed)
+            logprobs = function(states, ids, mask, layer, temperature=0.5, support=support)
         (logprobs * torch.arange(R))[mask].sum().backward()
-        gradients.append((states.grad, head.weight.grad.clone()))
+        gradients.append([x.grad for x in (states, *layer.parameters())])
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient(parts):
+    hidden, head, mask, rng = parts
+    head.requires_grad_(False)
+    ids = torch.randint(V, (B, R), generator=rng)
+    states = hidden.clone().requires_grad_()
+    token_logprobs(states, ids, mask, head, temperature=1.0).sum().backward()
+    assert states.grad.abs().sum() > 0 and head.weight.grad is None
+
+
+@pytest.mark.claim(10)
+@pytest.mark.parametrize("num_kept", [6, 2], ids=["gathered logits", "gathered rows"])
+def test_old_and_new_logprobs_round_alike(parts, num_kept):
+    hidden, head, mask, rng = parts
+    support, _, ids = kept_support(rng, num_kept)
+    settings = {"temperature": 0.2, "support": support}
+    old = token_stats(hidden, ids, mask, head, **settings).logprobs
+    assert torch.equal(old, token_logprobs(hidden, ids, mask, head, **settings))
 
 
 @pytest.mark.claim(24)
@@ -112,14 +146,16 @@ def test_logits_exist_for_a_few_real_tokens_at_a_time_and_in_float32(parts, monk
     hidden, head, mask, rng = parts
     shapes = []
 
-    def watched(states):
-        assert states.dtype == torch.float32
-        shapes.append(len(states))
-        return head(states)
+    def watched(*args):
+        logits = full_logits(*args)
+        assert logits.dtype == torch.float32
+        shapes.append(len(logits))
+        return logits
 
     ids = torch.randint(V, (B, R), generator=rng)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        logprobs = token_logprobs(hidden.bfloat16(), ids, mask, watched, temperature=1.0)
+        monkeypatch.setattr(rlhf.logprobs, "full_logits", watched)
+        logprobs = token_logprobs(hidden.bfloat16(), ids, mask, head, temperature=1.0)
     assert shapes == [4, 4, 2] and sum(shapes) == int(mask.sum())
     assert logprobs.dtype == torch.float32
 
