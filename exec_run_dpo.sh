@@ -18,6 +18,8 @@ exec "$PYTHON" run_dpo.py \
     --loss=dpo \
     --dtype=auto \
     --micro_batch_size=0 \
+    --gradient_checkpointing=false \
+    --compile=false \
     --max_gradient_norm=1.0 \
     --log_step=100 \
     --max_steps=0 \

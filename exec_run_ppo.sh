@@ -35,6 +35,8 @@ exec "$PYTHON" run_ppo.py \
     --eval_samples=256 \
     --dtype=auto \
     --micro_batch_size=0 \
+    --gradient_checkpointing=false \
+    --compile=false \
     --max_gradient_norm=1.0 \
     --log_step=1 \
     --max_steps=0 \

@@ -20,6 +20,8 @@ exec "$PYTHON" run_rm.py \
     --loss=regression \
     --dtype=auto \
     --micro_batch_size=0 \
+    --gradient_checkpointing=false \
+    --compile=false \
     --max_gradient_norm=1.0 \
     --log_step=10 \
     --max_steps=0 \

@@ -18,6 +18,8 @@ exec "$PYTHON" run_sft.py \
     --dropout=0.0 \
     --dtype=auto \
     --micro_batch_size=0 \
+    --gradient_checkpointing=false \
+    --compile=false \
     --max_gradient_norm=1.0 \
     --log_step=10 \
     --max_steps=0 \

@@ -46,6 +46,7 @@ from rlhf.models import (
     LANGUAGE_MODEL,
     load_policy,
     load_tokenizer,
+    prepare_training,
     response_states,
     set_generation_defaults,
 )
@@ -112,7 +113,10 @@ def main(args: argparse.Namespace) -> None:
 
     # Every dropout is at 0: policy and reference are the same function until the first update, and
     # so the policy can compute the reference's logprobs before it is trained.
-    policy = load_policy(sft_path, flag=flag, device=runtime.device)
+    policy = load_policy(sft_path, flag=flag, device=runtime.device).train()
+    prepare_training(
+        policy, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
+    )
     set_generation_defaults(policy, tokenizer)
     pad_id = tokenizer.eos_token_id
     made_from = reference_fingerprint(policy, train, heldout, runtime)

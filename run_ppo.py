@@ -61,6 +61,7 @@ from rlhf.models import (
     load_policy,
     load_reward_model,
     load_tokenizer,
+    prepare_training,
     require_same_tokenizer,
     set_generation_defaults,
 )
@@ -176,13 +177,18 @@ def load_actors(
     Every dropout is at 0: PPO compares numbers of forwards that must be the same function.
     """
     load = partial(load_policy, args.sft_model_path, flag="--sft_model_path", device=runtime.device)
-    policy, ref_policy = load(), load().requires_grad_(False)
+    prepare = partial(
+        prepare_training,
+        gradient_checkpointing=args.gradient_checkpointing,
+        compile=args.compile,
+    )
+    policy, ref_policy = prepare(load()), load().requires_grad_(False)
     if args.critic == "shared":
         trunk, hidden_size = None, policy.config.hidden_size
     else:
         model = load() if args.reward_fn else load_reward(args, runtime.device, sampling.eos_id)
-        trunk, hidden_size = model.base_model, model.config.hidden_size
-    critic = Critic(trunk, hidden_size, mean_reward).to(runtime.device)
+        trunk, hidden_size = prepare(model).base_model, model.config.hidden_size
+    critic = Critic(trunk, hidden_size, mean_reward).to(runtime.device).train()
     return Actors(policy, ref_policy, critic, sampling, args.micro_batch_size, runtime)
 
 
@@ -405,6 +411,7 @@ def update(
     """
     mask = rollout.batch.response_mask
     num_rows, totals, num_steps = len(mask), defaultdict(list), 0
+    actors.policy.train()  # without dropout, this does nothing but allow gradient checkpointing
     for inner_epoch in range(args.num_inner_epoch):
         rng = random.Random(f"{args.seed}/{step}/{inner_epoch}")
         shuffled = rng.sample(range(num_rows), num_rows)
@@ -433,6 +440,7 @@ def update(
             )
             totals["grad_norm"].append(grad_norm)
             num_steps += 1
+    actors.policy.eval()
     return {name: torch.stack(parts).sum() / num_steps for name, parts in totals.items()}
 
 

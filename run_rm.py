@@ -41,6 +41,7 @@ from rlhf.models import (
     LANGUAGE_MODEL,
     load_reward_model,
     load_tokenizer,
+    prepare_training,
     reward_logits,
 )
 from rlhf.optim import build_schedule, optimizer_step
@@ -147,6 +148,9 @@ def main(args: argparse.Namespace) -> None:
     eos_id = tokenizer.eos_token_id
     model = load_reward_model(
         sft_path, flag=flag, device=runtime.device, eos_id=eos_id, dropout=args.dropout
+    )
+    prepare_training(
+        model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     lengths = [max(train.lengths[row] for row in item) for item in items]
     plan = plan_epochs(

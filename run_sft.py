@@ -39,6 +39,7 @@ from rlhf.models import (
     LANGUAGE_MODEL,
     load_policy,
     load_tokenizer,
+    prepare_training,
     response_states,
     set_generation_defaults,
 )
@@ -117,6 +118,9 @@ def main(args: argparse.Namespace) -> None:
 
     model = load_policy(
         args.model_id, flag="--model_id", device=runtime.device, dropout=args.dropout
+    )
+    prepare_training(
+        model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     set_generation_defaults(model, tokenizer)
     lengths = [sample_length(sample) for sample in train]

@@ -149,6 +149,18 @@ def add_training_arguments(
         default=0,
         help="sequences in one forward: memory only, same result (0 = chosen from their lengths)",
     )
+    add_boolean(
+        parser,
+        "--gradient_checkpointing",
+        default=False,
+        help="compute activations again in the backward pass: less memory, a third more time",
+    )
+    add_boolean(
+        parser,
+        "--compile",
+        default=False,
+        help="run the model through torch.compile: a minute of start-up, faster steps",
+    )
     parser.add_argument(
         "--max_gradient_norm",
         "--max_grad_norm",

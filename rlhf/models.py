@@ -6,11 +6,13 @@ padded. The shift by one between a state and the token that it predicts happens 
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.batches import Batch
 from rlhf.errors import InputError
@@ -145,6 +148,26 @@ def load_reward_model(
     # token before EOS, which `reward_logits` reads too.
     config.pad_token_id = eos_id
     return load_weights(AutoModelForSequenceClassification, path, flag, config, device)
+
+
+def prepare_training(
+    model: PreTrainedModel, *, gradient_checkpointing: bool, compile: bool
+) -> PreTrainedModel:
+    """Set how the trunk of a model computes; what it computes stays the same.
+
+    Gradient checkpointing works in training mode only.
+    Raises: InputError if the architecture cannot do it.
+    """
+    if gradient_checkpointing:
+        layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+        if not layers:
+            raise InputError(f"--gradient_checkpointing: {type(model).__name__} cannot do it")
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    if compile:
+        model.base_model.compile(dynamic=True)
+    return model
 
 
 def set_generation_defaults(

@@ -23,6 +23,8 @@ from rlhf.arguments import (
 TRAINING_DEFAULTS = {
     "dtype": "auto",
     "micro_batch_size": 0,
+    "gradient_checkpointing": False,
+    "compile": False,
     "max_gradient_norm": 1.0,
     "log_step": 10,
     "max_steps": 0,

@@ -19,6 +19,8 @@ REQUIRED = "REQUIRED"
 TRAINING = {
     "dtype": "auto",
     "micro_batch_size": 0,
+    "gradient_checkpointing": False,
+    "compile": False,
     "max_gradient_norm": 1.0,
     "log_step": 10,
     "max_steps": 0,

@@ -5,9 +5,11 @@ import math
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -238,11 +240,9 @@ def test_pipeline_gives_the_reward_that_ppo_uses(lineage, tokenizer):
 # What must change nothing
 
 
-@pytest.mark.claim(5, 16)
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
-def test_micro_batch_size_changes_memory_and_not_the_gradient(
-    stage, lineage, base_path, data_dir, tmp_path, monkeypatch
-):
+@pytest.fixture
+def first_step(lineage, base_path, data_dir, tmp_path, monkeypatch):
+    """Run a stage for a step; gives all gradients, as they were before clipping, and the log."""
     gradients = []
 
     def watched(schedules, loss, **options):
@@ -251,21 +251,49 @@ def test_micro_batch_size_changes_memory_and_not_the_gradient(
         gradients.append(torch.cat(parts).clone())
         return optimizer_step(schedules, loss, **options)
 
-    monkeypatch.setattr(SCRIPTS[stage], "optimizer_step", watched)
-    options = [f"--model_id={base_path}"] if stage == "sft" else []
-    options += [*PPO, "--batch_size=7", "--minibatch_size=5"] if stage == "ppo" else []
-    runs = {}
-    for size in (0, 1, 3):
-        folder = tmp_path / str(size)
-        options += ["--max_steps=1", f"--micro_batch_size={size}"]
-        run(stage, lineage, data_dir, *options, ckpt_dir=folder)
-        runs[size] = gradients[0], next(row for row in rows(folder) if "lr" in row)
+    def step(stage, *options):
+        monkeypatch.setattr(SCRIPTS[stage], "optimizer_step", watched)
         gradients.clear()
+        options = ["--max_steps=1", *options]
+        options += [f"--model_id={base_path}"] if stage == "sft" else []
+        options += [*PPO, "--batch_size=7", "--minibatch_size=5"] if stage == "ppo" else []
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        run(stage, lineage, data_dir, *options, ckpt_dir=folder)
+        return gradients[0], next(row for row in rows(folder) if "lr" in row)
+
+    return step
+
+
+def distance(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.claim(5, 16)
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_micro_batch_size_changes_memory_and_not_the_gradient(stage, first_step):
+    expected, log = first_step(stage)
     for size in (1, 3):
-        error = (runs[size][0] - runs[0][0]).norm() / runs[0][0].norm()
-        assert float(error) <= 1e-5  # rounding: in float64 the same gradients agree to 1e-15
-        for name in runs[0][1].keys() - {"tokens_per_second", "explained_variance"}:
-            assert runs[size][1][name] == pytest.approx(runs[0][1][name], rel=1e-4, abs=1e-6), name
+        gradient, other_log = first_step(stage, f"--micro_batch_size={size}")
+        # Rounding: in float64 the same gradients agree to 1e-15.
+        assert distance(gradient, expected) <= 1e-5
+        for name in log.keys() - {"tokens_per_second", "explained_variance"}:
+            assert other_log[name] == pytest.approx(log[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_gradient_checkpointing_changes_memory_and_not_the_gradient(stage, first_step, monkeypatch):
+    expected, _ = first_step(stage)
+    checkpointed = mock.Mock(side_effect=checkpoint)
+    monkeypatch.setattr("rlhf.models.checkpoint", checkpointed)
+    gradient, _ = first_step(stage, "--gradient_checkpointing")
+    assert distance(gradient, expected) <= 1e-6 and checkpointed.called
+
+
+@pytest.mark.slow
+def test_compiling_changes_time_and_not_the_gradient(first_step):
+    expected, _ = first_step("sft")
+    gradient, _ = first_step("sft", "--compile")
+    assert distance(gradient, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
