@@ -159,7 +159,9 @@ def prepare_training(
     Raises: InputError if the architecture cannot do it.
     """
     if gradient_checkpointing:
-        layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+        layers: list[Any] = [
+            x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)
+        ]
         if not layers:
             raise InputError(f"--gradient_checkpointing: {type(model).__name__} cannot do it")
         for layer in layers:
