@@ -29,15 +29,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import torch
+import transformers
+from matplotlib.figure import Figure
 
-from toyworld.annotators import NOISE  # noqa: E402
-from toyworld.measure import load_policy, load_tokenizer, read_prompts  # noqa: E402
-from toyworld.optimum import prepare_exam, share_of_gain  # noqa: E402
-from toyworld.pictures import COLORS, FRONTIER_BETAS, Optimum, draw_frontier  # noqa: E402
-from toyworld.tables import markdown_table  # noqa: E402
+from toyworld.annotators import NOISE
+from toyworld.measure import load_policy, load_tokenizer, read_prompts
+from toyworld.optimum import prepare_exam, share_of_gain
+from toyworld.pictures import COLORS, FRONTIER_BETAS, Optimum, draw_frontier
+from toyworld.tables import markdown_table
 
 RESULTS = ROOT / "benchmarks/results/toyworld_frontier.json"
 PICTURE = ROOT / "docs/toyworld_frontier.png"
