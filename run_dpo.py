@@ -13,8 +13,10 @@ bad ones, and a larger beta or a lower learning rate is due.
 import argparse
 import hashlib
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -88,8 +90,12 @@ def load_pairs(
     records = read_split(args.data_dir, side, PAIR, max_samples)
     prompts = [record["prompt"] for record in records]
     sizes = {"max_len": args.max_len, "min_len": args.min_gen_len}
-    chosen = encode_samples(tokenizer, prompts, [r["chosen"] for r in records], **sizes)
-    rejected = encode_samples(tokenizer, prompts, [r["rejected"] for r in records], **sizes)
+    chosen, rejected = (
+        encode_samples(
+            tokenizer, prompts, [r[name] for r in records], **sizes, data_dir=args.data_dir
+        )
+        for name in ("chosen", "rejected")
+    )
     pairs = [(a, b) for a, b in zip(chosen, rejected, strict=True) if a and b]
     say(count_dropped(len(pairs), len(records), side=side, **sizes))
     return pairs
@@ -268,8 +274,14 @@ def reference_fingerprint(
     policy: PreTrainedModel, train: list[Pair], heldout: list[Pair], runtime: Runtime
 ) -> str:
     """Name what the reference's logprobs depend on: its weights, every id, the precision."""
-    facts = (weights_fingerprint(policy), train, heldout, runtime.precision)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    digest = hashlib.sha256(f"{weights_fingerprint(policy)} {runtime.precision}".encode())
+    for pairs in (train, heldout):
+        for pair in pairs:
+            for ids in chain.from_iterable(pair):
+                digest.update(len(ids).to_bytes(8, "big"))
+                digest.update(array("q", ids))
+        digest.update(b"next side")
+    return digest.hexdigest()
 
 
 @torch.no_grad()

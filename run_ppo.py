@@ -148,7 +148,9 @@ def load_prompts(
     prompts = [record["prompt"] for record in records]
     fitting = [
         (ids, prompt_text(prompt))
-        for ids, prompt in zip(encode_prompts(tokenizer, prompts), prompts, strict=True)
+        for ids, prompt in zip(
+            encode_prompts(tokenizer, prompts, args.data_dir), prompts, strict=True
+        )
         if has_room(ids, max_len=args.max_len, min_len=args.min_gen_len)
     ]
     room = {"max_len": args.max_len, "min_len": args.min_gen_len}

@@ -99,6 +99,7 @@ class Responses:
             [record["response"] for record in records],
             max_len=args.max_len,
             min_len=args.min_target_len,
+            data_dir=args.data_dir,
         )
         kept = [(s, record) for s, record in zip(encoded, records, strict=True) if s]
         room = {"max_len": args.max_len, "min_len": args.min_target_len}

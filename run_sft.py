@@ -92,6 +92,7 @@ def load_samples(
         [record["response"] for record in records],
         max_len=args.max_len,
         min_len=args.min_gen_len,
+        data_dir=args.data_dir,
     )
     samples = [sample for sample in encoded if sample]
     room = {"max_len": args.max_len, "min_len": args.min_gen_len}

@@ -5,6 +5,7 @@
     language     which texts are in the language asked for
     splits       which prompt goes to which split and side
     records      what `.data` holds: schema, reading, writing, validation
+    token_cache  ids of texts that were tokenised before
     tokens       a record to prompt_ids and response_ids
     batches      ids to padded tensors, in a seeded, length-grouped order
     models       policy, reference, reward model and critic

@@ -10,6 +10,7 @@ tags before BPE may merge across them, and the form is stored as its chat templa
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Regex
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import InputError
 from rlhf.records import Prompt
+from rlhf.token_cache import cached_ids
 
 PROMPT_OPEN, PROMPT_CLOSE = "<instruction>", "</instruction>"
 RESPONSE_OPEN, RESPONSE_CLOSE = "<response>", "</response>"
@@ -80,12 +82,21 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     )
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenise texts as nothing but text: a special token's name in them stays plain text."""
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
-    return encoded.input_ids
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    data_dir: str | Path | None = None,
+) -> list[list[int]]:
+    """Tokenise texts as nothing but text: a special token's name in them stays plain text.
+
+    With `data_dir` the ids are kept there for the next time.
+    """
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return tokenizer(list(texts), **options, verbose=False).input_ids
+
+    return cached_ids(tokenizer, texts, encode, data_dir) if texts else []
 
 
 def prompt_pieces(prompt: Prompt) -> list[str]:
@@ -114,11 +125,13 @@ def prompt_pieces(prompt: Prompt) -> list[str]:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    data_dir: str | Path | None = None,
 ) -> list[list[int]]:
     """Tokenise prompts up to and with the `<response>` tag after which the response begins."""
     pieces = [prompt_pieces(prompt) for prompt in prompts]
-    encoded = iter(encode_texts(tokenizer, [text for texts in pieces for text in texts]))
+    encoded = iter(encode_texts(tokenizer, [text for texts in pieces for text in texts], data_dir))
     prompt_ids = []
     for texts in pieces:
         ids = list(next(encoded))
@@ -140,6 +153,7 @@ def encode_samples(
     *,
     max_len: int,
     min_len: int,
+    data_dir: str | Path | None = None,
 ) -> list[Sample | None]:
     """Tokenise pairs of prompt and response.
 
@@ -150,7 +164,9 @@ def encode_samples(
     closing_ids = closing_tag_ids(tokenizer)
     samples: list[Sample | None] = []
     for prompt_ids, response_ids in zip(
-        encode_prompts(tokenizer, prompts), encode_texts(tokenizer, responses), strict=True
+        encode_prompts(tokenizer, prompts, data_dir),
+        encode_texts(tokenizer, responses, data_dir),
+        strict=True,
     ):
         room = max_len - len(prompt_ids)
         ended_ids = [*response_ids, *closing_ids, tokenizer.eos_token_id]

@@ -22,7 +22,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "language": {"sources"},
     "splits": {"sources"},
     "records": {"sources", "splits"},
-    "tokens": {"records"},
+    "token_cache": set(),
+    "tokens": {"records", "token_cache"},
     "batches": {"tokens"},
     "models": {"batches", "tokens"},
     "sampling": set(),
@@ -58,6 +59,7 @@ WITHOUT_TORCH = (
     "records",
     "sources",
     "splits",
+    "token_cache",
     "tokens",
 )
 TENSORS_ONLY = ("advantages", "logprobs", "losses", "masked")
