@@ -138,6 +138,15 @@ def test_slots_are_refilled_and_no_response_changes(sometimes_ends, settings, pa
 
 
 @pytest.mark.claim(11)
+def test_a_slot_that_is_done_waits_within_the_models_positions(tokenizer):
+    model = with_biased_end(build_gpt2(tokenizer), -80)
+    most = model.config.max_position_embeddings
+    sampling = PLAIN._replace(max_new_tokens=0, max_len=most)
+    responses, _ = roll_out(model, [[5] * (most - 3), [6], [7]], sampling)
+    assert [len(response) for response in responses] == [3, most - 1, most - 1]
+
+
+@pytest.mark.claim(11)
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"min_gen_len": 3}, {"do_sampling": False}])
 def test_the_way_through_transformers_writes_the_same(sometimes_ends, settings, monkeypatch):
     sampling, prompts = PLAIN._replace(max_new_tokens=20, max_len=24, **settings), uneven_prompts(9)
