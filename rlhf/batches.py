@@ -172,6 +172,22 @@ def micro_batches(
     return [*slices, slice(start, len(lengths))] if lengths else []
 
 
+def of_similar_length(lengths: Sequence[int]) -> list[slice]:
+    """Cut falling lengths into slices for one forward each, of which little is padding.
+
+    >>> of_similar_length([100, 90, 80, 79, 10])
+    [slice(0, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    starts = [0]
+    for i, length in enumerate(lengths):
+        longest = lengths[starts[-1]]
+        full = (i + 1 - starts[-1]) * longest > TOKENS_PER_FORWARD
+        if i > starts[-1] and (full or length < 0.8 * longest):
+            starts.append(i)
+    ends = [*starts[1:], len(lengths)]
+    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
 def micro_batches_by_length(
     batch: Batch, rows: Sequence[int], micro_batch_size: int
 ) -> list[tuple[Tensor, Batch]]:

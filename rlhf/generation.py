@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from rlhf.batches import TOKENS_PER_FORWARD, Batch, micro_batches, pad_left, position_ids
+from rlhf.batches import (
+    TOKENS_PER_FORWARD,
+    Batch,
+    micro_batches,
+    of_similar_length,
+    pad_left,
+    position_ids,
+)
 from rlhf.errors import RunError
 from rlhf.kv_cache import SlotCache, has_plain_cache, takes_any_mask
 from rlhf.logprobs import Support, forbid_early_end_, full_logits
@@ -150,7 +157,7 @@ class Slots:
         device = self.rows.device
         lengths = [len(prompt) for prompt in prompts]
         self.end = max(self.end, lengths[0])
-        for part in micro_batches(lengths, 0):
+        for part in of_similar_length(lengths):
             slots, here = (torch.tensor(x[part], device=device) for x in (free, rows))
             ids, mask = (x.to(device) for x in pad_left(prompts[part], self.written.s.eos_id))
             read = DynamicCache()

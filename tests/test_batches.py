@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from rlhf.batches import (
+    TOKENS_PER_FORWARD,
     build_batch,
     epoch_order,
     micro_batches,
     micro_batches_by_length,
+    of_similar_length,
     plan_epochs,
 )
 from rlhf.tokens import Sample
@@ -98,3 +100,13 @@ def test_padding_is_left_of_prompts_and_right_of_responses():
     batch = build_batch([Sample([1, 2], [3]), Sample([4], [5, 6])], pad_id=0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 0], [0, 4, 5, 6]]
     assert batch.mask.tolist() == [[True, True, True, False], [False, True, True, True]]
+
+
+def test_prompts_of_similar_length_are_read_together():
+    lengths = sorted((random.Random(0).randint(1, 3000) for _ in range(200)), reverse=True)
+    slices = of_similar_length(lengths)
+    assert [row for part in slices for row in range(200)[part]] == list(range(200))
+    for part in slices:
+        here = lengths[part]
+        assert here and (here[-1] >= 0.8 * here[0] and len(here) * here[0] <= TOKENS_PER_FORWARD)
+    assert of_similar_length([TOKENS_PER_FORWARD + 1, 5]) == [slice(0, 1), slice(1, 2)]
