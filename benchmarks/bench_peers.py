@@ -34,7 +34,7 @@ from rlhf.models import fuse_activations, prepare_training
 from rlhf.runtime import Runtime
 
 STAGES = ("sft", "dpo", "rm", "rollout", "ppo")
-NEW_TOKENS = 48
+NUM_PROMPTS, NEW_TOKENS = 16, 48  # of rollouts and PPO
 PASSES = {"sft": 6, "dpo": 8, "rm": 6}  # 2 forwards, 4 backwards; the reference's forward
 
 
@@ -84,7 +84,7 @@ def build_steps(
     """Build what takes turns in a stage."""
     peers = trl_or_none() if stage in ("sft", "dpo", "rm") else None
     samples = [sample for pair in pairs for sample in pair]
-    prompts = [list(sample.prompt_ids) for sample in samples]
+    prompts = [list(pair[0].prompt_ids) for pair in m.draw_pairs(NUM_PROMPTS, args.max_len)]
     if stage == "ppo":
         task = Task(prompts, m.gpt2_config(), args.ppo_micro_batch, args.dtype, runtime)
         return ppo_steps(task, args.ppo_python)
@@ -135,7 +135,9 @@ def main(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {"matrix_gflops": round(rate / 1e9, 1)}
     for stage in args.only:
         steps = build_steps(stage, args, pairs, runtime)
-        seconds, losses = m.take_turns(steps, args.rounds, device)
+        # A PPO iteration takes a minute: with --quick two of each, after one to warm up.
+        rounds = min(args.rounds, 2) if args.quick and stage == "ppo" else args.rounds
+        seconds, losses = m.take_turns(steps, rounds, device)
         ours = statistics.median(seconds["ours"])
         for name, times in seconds.items():
             median, share, loss = statistics.median(times), "", ""
