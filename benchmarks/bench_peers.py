@@ -10,14 +10,16 @@ iteration in peers_ppo.py; TRL's last PPO trainer needs an environment of its ow
     python -m venv .ppo && .ppo/bin/pip install -r benchmarks/requirements-ppo.txt
     python benchmarks/bench_peers.py --quick --ppo_python .ppo/bin/python
 
-All contenders take turns, after a turn to warm up; medians over the rounds. The floor is the time
-of the matrix products that are really needed (no padding, vocabulary at response positions only) at
-the rate of a large product, measured in the same run.
+The same rows for everybody, in two batches: ours deals them by length, as its scripts do, the
+others take them as they come. All take turns, after a turn to warm up; medians over the rounds.
+The floor is the time of the matrix products that are really needed (no padding, vocabulary at
+response positions only) at the rate of a large product, measured in the same run.
 """
 
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 from benchmarks import contenders as c
 from benchmarks import measuring as m
 from benchmarks.peers_ppo import Task, ppo_steps
+from rlhf.batches import epoch_order
 from rlhf.models import fuse_activations, prepare_training
 from rlhf.runtime import Runtime
 
@@ -42,13 +45,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     m.add_arguments(parser)
     add = parser.add_argument
-    add("--rows", type=int, default=16, help="sequences in a batch; half as many pairs")
+    add("--rows", type=int, default=32, help="sequences in both batches; half as many pairs")
     add("--only", nargs="+", default=STAGES, choices=STAGES, help="what to measure")
     add("--ppo_python", help="Python of the environment of requirements-ppo.txt, for TRL's PPO")
     add("--ppo_micro_batch", type=int, default=4, help="PPO: sequences in a forward (0 = free)")
     args = parser.parse_args()
     if args.quick:
-        args.rows, args.rounds = min(args.rows, 8), min(args.rounds, 3)
+        args.rows, args.rounds = min(args.rows, 16), min(args.rounds, 2)
     return args
 
 
@@ -82,34 +85,12 @@ def build_steps(
     checkpointing: bool = False,
 ) -> dict[str, m.Step]:
     """Build what takes turns in a stage."""
-    peers = trl_or_none() if stage in ("sft", "dpo", "rm") else None
-    samples = [sample for pair in pairs for sample in pair]
     prompts = [list(pair[0].prompt_ids) for pair in m.draw_pairs(NUM_PROMPTS, args.max_len)]
     if stage == "ppo":
         task = Task(prompts, m.gpt2_config(), args.ppo_micro_batch, args.dtype, runtime)
         return ppo_steps(task, args.ppo_python)
-    if stage == "rm":
-        ours, plain = build_models(GPT2ForSequenceClassification, runtime)
-        steps: dict[str, m.Step] = {
-            "ours": lambda: c.our_rm(ours, pairs, runtime),
-            "plain": lambda: c.plain_rm(plain, pairs, runtime),
-        }
-        kind, reference = "Reward", None
-    else:
-        ours, plain = build_models(GPT2LMHeadModel, runtime)
-    if stage == "sft":
-        steps = {
-            "ours": lambda: c.our_sft(ours, samples, runtime),
-            "plain": lambda: c.plain_sft(plain, samples, runtime),
-        }
-        kind, reference = "SFT", None
-    if stage == "dpo":
-        our_ref, reference = build_models(GPT2LMHeadModel, runtime, seed=1)
-        steps = {
-            "ours": lambda: c.our_dpo(ours, our_ref, pairs, runtime),
-            "plain": lambda: c.plain_dpo(plain, reference, pairs, runtime),
-        }
-        kind = "DPO"
+    kind = GPT2ForSequenceClassification if stage == "rm" else GPT2LMHeadModel
+    ours, plain = build_models(kind, runtime)
     if stage == "rollout":
         write = partial(c.transformers_rollout, plain, prompts, NEW_TOKENS, runtime)
         return {
@@ -118,10 +99,46 @@ def build_steps(
             "generate": lambda: write(together=True),
         }
     prepare_training(ours.train(), gradient_checkpointing=checkpointing, compile=False)
+    our_ref, reference = build_models(kind, runtime, seed=1) if stage == "dpo" else (None, None)
+    peers = trl_or_none()
+    batches = {name: deal(pairs, stage, by_length=name == "ours") for name in ("ours", "others")}
+    steps: dict[str, m.Step] = {}
+    if stage == "sft":
+        steps["ours"] = in_turn(lambda x: c.our_sft(ours, x, runtime), batches["ours"])
+        steps["plain"] = in_turn(lambda x: c.plain_sft(plain, x, runtime), batches["others"])
+    elif stage == "dpo":
+        steps["ours"] = in_turn(lambda x: c.our_dpo(ours, our_ref, x, runtime), batches["ours"])
+        steps["plain"] = in_turn(
+            lambda x: c.plain_dpo(plain, reference, x, runtime), batches["others"]
+        )
+    else:
+        steps["ours"] = in_turn(lambda x: c.our_rm(ours, x, runtime), batches["ours"])
+        steps["plain"] = in_turn(lambda x: c.plain_rm(plain, x, runtime), batches["others"])
     if peers:
-        rows = peers.trl_rows(stage, pairs)
-        steps["TRL"] = peers.trl_step(kind, plain, reference, rows, args.dtype)
+        trl_step = peers.trl_step(stage, plain, reference, args.dtype)
+        steps["TRL"] = in_turn(trl_step, batches["others"])
     return steps
+
+
+def deal(pairs: list[m.Pair], stage: str, *, by_length: bool) -> list[Any]:
+    """Cut the rows of a stage, responses or pairs of them, into two batches."""
+    rows: list[Any] = c.both_sides(pairs) if stage == "sft" else pairs
+    lengths = [c.row_length(row) for row in rows]
+    order = [list(range(len(rows)))[i::2] for i in range(2)]
+    if by_length:
+        order = epoch_order(lengths, len(rows) // 2, seed=0, epoch=1)
+    return [[rows[i] for i in batch] for batch in order]
+
+
+def in_turn(step: Callable[[Any], float], batches: list[Any]) -> m.Step:
+    """Take a step on each batch; returns the mean loss, of a response token or of a pair."""
+    weights = [c.num_targets(batch) for batch in batches]
+
+    def both() -> float:
+        losses = [step(batch) for batch in batches]
+        return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+
+    return both
 
 
 def main(args: argparse.Namespace) -> None:
@@ -135,9 +152,7 @@ def main(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {"matrix_gflops": round(rate / 1e9, 1)}
     for stage in args.only:
         steps = build_steps(stage, args, pairs, runtime)
-        # A PPO iteration takes a minute: with --quick two of each, after one to warm up.
-        rounds = min(args.rounds, 2) if args.quick and stage == "ppo" else args.rounds
-        seconds, losses = m.take_turns(steps, rounds, device)
+        seconds, losses = m.take_turns(steps, args.rounds, device)
         ours = statistics.median(seconds["ours"])
         for name, times in seconds.items():
             median, share, loss = statistics.median(times), "", ""

@@ -7,6 +7,7 @@ log-softmax over the vocabulary at every position, four forwards for DPO, rollou
 """
 
 import argparse
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,17 @@ def both_sides(pairs: list[Pair]) -> list[Sample]:
     return [pair[side] for side in (0, 1) for pair in pairs]
 
 
+def row_length(row: Sample | Pair) -> int:
+    """Tokens of a response with its prompt, or of the longer of two."""
+    return sample_length(row) if isinstance(row, Sample) else max(map(sample_length, row))
+
+
+def num_targets(batch: list[Any]) -> int:
+    """What the loss of a batch is a mean over: response tokens, or pairs."""
+    is_sft = isinstance(batch[0], Sample)
+    return sum(len(sample.response_ids) for sample in batch) if is_sft else len(batch)
+
+
 # Ours
 
 
@@ -51,10 +63,10 @@ def our_sft(model: PreTrainedModel, samples: list[Sample], runtime: Runtime) -> 
 def our_dpo(
     model: PreTrainedModel, reference: PreTrainedModel, pairs: list[Pair], runtime: Runtime
 ) -> float:
-    pairs = sorted(pairs, key=lambda pair: max(map(sample_length, pair)))
+    pairs = sorted(pairs, key=row_length)
     settings = argparse.Namespace(micro_batch_size=0)
     ref_logprobs = run_dpo.all_logprobs(reference, pairs, EOS, settings, runtime)
-    lengths = [max(map(sample_length, pair)) for pair in pairs]
+    lengths = [row_length(pair) for pair in pairs]
     total = torch.zeros((), device=runtime.device)
     for part in micro_batches(lengths, 0, sequences_per_row=2):
         logprobs = run_dpo.pair_logprobs(model, pairs[part], EOS, runtime)
@@ -66,8 +78,8 @@ def our_dpo(
 
 
 def our_rm(model: PreTrainedModel, pairs: list[Pair], runtime: Runtime) -> float:
-    pairs = sorted(pairs, key=lambda pair: max(map(sample_length, pair)))
-    lengths = [max(map(sample_length, pair)) for pair in pairs]
+    pairs = sorted(pairs, key=row_length)
+    lengths = [row_length(pair) for pair in pairs]
     total = torch.zeros((), device=runtime.device)
     for part in micro_batches(lengths, 0, sequences_per_row=2):
         batch = build_batch(both_sides(pairs[part]), EOS).to(runtime.device)

@@ -17,7 +17,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 
 from benchmarks.contenders import BETA
-from benchmarks.measuring import EOS, Pair
+from benchmarks.measuring import EOS
 
 
 def tokenizer_for_trl() -> transformers.PreTrainedTokenizerFast:
@@ -28,12 +28,13 @@ def tokenizer_for_trl() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def trl_step(
-    kind: str, model: Any, reference: Any, rows: list[dict[str, Any]], dtype: str
-) -> Callable[[], float]:
+KINDS = {"sft": "SFT", "dpo": "DPO", "rm": "Reward"}
+COLUMNS = {"sft": ["text"], "dpo": ["prompt", "chosen", "rejected"], "rm": ["chosen", "rejected"]}
+
+
+def trl_step(stage: str, model: Any, reference: Any, dtype: str) -> Callable[[list[Any]], float]:
     """Build a trainer around copies, since it changes what it is given; returns its step."""
-    texts = {"SFT": ("text",), "DPO": ("prompt", "chosen", "rejected")}
-    columns = texts.get(kind, ("chosen", "rejected"))
+    kind = KINDS[stage]
     config = getattr(trl, f"{kind}Config")(
         output_dir=tempfile.mkdtemp(),
         report_to="none",
@@ -41,48 +42,35 @@ def trl_step(
         use_cpu=model.device.type == "cpu",
         gradient_checkpointing=False,
         disable_tqdm=True,
-        **({"beta": BETA} if kind == "DPO" else {}),
+        **({"beta": BETA} if stage == "dpo" else {}),
     )
     trainer = getattr(trl, f"{kind}Trainer")(
         model=copy.deepcopy(model),
         args=config,
-        train_dataset=Dataset.from_list([dict.fromkeys(columns, "x x")]),  # the batch is ours
+        train_dataset=Dataset.from_list([dict.fromkeys(COLUMNS[stage], "x x")]),  # not used
         processing_class=tokenizer_for_trl(),
-        **({"ref_model": copy.deepcopy(reference)} if kind == "DPO" else {}),
+        **({"ref_model": copy.deepcopy(reference)} if stage == "dpo" else {}),
     )
     trainer.current_gradient_accumulation_steps = 1  # set by `train`, which is not called
-    batch = trainer.data_collator(rows)
 
-    def step() -> float:
-        return float(trainer.training_step(trainer.model, dict(batch)))
+    def step(batch: list[Any]) -> float:
+        columns = trainer.data_collator([trl_row(row) for row in batch])
+        return float(trainer.training_step(trainer.model, columns))
 
-    return step
-
-
-def trl_rows(stage: str, pairs: list[Pair]) -> list[dict[str, Any]]:
-    """The pairs as TRL's collators take them."""
-    if stage == "sft":
-        samples = [sample for pair in pairs for sample in pair]
-        return [
-            {
-                "input_ids": [*prompt, *response],
-                "labels": [-100] * len(prompt) + list(response),
-            }
-            for prompt, response in samples
-        ]
-    if stage == "dpo":
-        return [
-            {
+    def trl_row(row: Any) -> dict[str, list[int]]:
+        if stage == "sft":
+            prompt, response = row
+            return {"input_ids": [*prompt, *response], "labels": [-100] * len(prompt) + response}
+        chosen, rejected = row
+        if stage == "dpo":
+            return {
                 "prompt_ids": chosen.prompt_ids,
                 "chosen_ids": chosen.response_ids,
                 "rejected_ids": rejected.response_ids,
             }
-            for chosen, rejected in pairs
-        ]
-    return [
-        {
+        return {
             "chosen_ids": [*chosen.prompt_ids, *chosen.response_ids],
             "rejected_ids": [*rejected.prompt_ids, *rejected.response_ids],
         }
-        for chosen, rejected in pairs
-    ]
+
+    return step
