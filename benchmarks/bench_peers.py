@@ -37,7 +37,7 @@ from rlhf.models import fuse_activations, prepare_training
 from rlhf.runtime import Runtime
 
 STAGES = ("sft", "dpo", "rm", "rollout", "ppo")
-NUM_PROMPTS, NEW_TOKENS = 16, 48  # of rollouts and PPO
+NUM_PROMPTS, NEW_TOKENS = 16, 48  # of rollouts; PPO takes `--rows` / 2
 PASSES = {"sft": 6, "dpo": 8, "rm": 6}  # 2 forwards, 4 backwards; the reference's forward
 
 
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     add("--ppo_micro_batch", type=int, default=4, help="PPO: sequences in a forward (0 = free)")
     args = parser.parse_args()
     if args.quick:
-        args.rows, args.rounds = min(args.rows, 16), min(args.rounds, 2)
+        args.rows, args.rounds = min(args.rows, 12), min(args.rounds, 2)
     return args
 
 
@@ -87,7 +87,9 @@ def build_steps(
     """Build what takes turns in a stage."""
     prompts = [list(pair[0].prompt_ids) for pair in m.draw_pairs(NUM_PROMPTS, args.max_len)]
     if stage == "ppo":
-        task = Task(prompts, m.gpt2_config(), args.ppo_micro_batch, args.dtype, runtime)
+        task = Task(
+            prompts[: args.rows // 2], m.gpt2_config(), args.ppo_micro_batch, args.dtype, runtime
+        )
         return ppo_steps(task, args.ppo_python)
     kind = GPT2ForSequenceClassification if stage == "rm" else GPT2LMHeadModel
     ours, plain = build_models(kind, runtime)
@@ -151,6 +153,7 @@ def main(args: argparse.Namespace) -> None:
     rows: list[list[str]] = []
     record: dict[str, Any] = {"matrix_gflops": round(rate / 1e9, 1)}
     for stage in args.only:
+        m.release_memory()
         steps = build_steps(stage, args, pairs, runtime)
         seconds, losses = m.take_turns(steps, args.rounds, device)
         ours = statistics.median(seconds["ours"])
@@ -163,6 +166,7 @@ def main(args: argparse.Namespace) -> None:
             rows.append([stage, name, m.spread(times), gain, share, loss])
             record[f"{stage}/{name}"] = [round(t, 3) for t in times]
             print(*rows[-1], sep="  ", flush=True)
+        del steps, times
     m.report(f"peers_{args.dtype}", [header, *rows], record, device)
 
 

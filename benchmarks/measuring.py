@@ -1,6 +1,8 @@
 """What the benchmarks share: their data, their clock, the machine's limits, and the record."""
 
 import argparse
+import ctypes
+import gc
 import json
 import platform
 import random
@@ -111,6 +113,13 @@ def copy_bandwidth(device: torch.device) -> float:
     a = torch.ones(2**28, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device)[0] for _ in range(5))
+
+
+def release_memory() -> None:
+    """Give what is free back to the system, which the C library would keep for the next step."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def take_turns(
