@@ -147,8 +147,8 @@ class VocabularyLogprobs(torch.autograd.Function):
 
 
 def chunks(num_tokens: int) -> Iterator[slice]:
-    """Cut a number of tokens into slices of at most CHUNK."""
-    return (slice(i, min(i + CHUNK, num_tokens)) for i in range(0, num_tokens, CHUNK))
+    """Cut a number of tokens into slices of at most CHUNK; at least one, which may be empty."""
+    return (slice(i, min(i + CHUNK, num_tokens)) for i in range(0, max(num_tokens, 1), CHUNK))
 
 
 class Tokens(NamedTuple):

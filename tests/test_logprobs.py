@@ -121,6 +121,18 @@ def test_gradients_equal_the_plain_ones(parts, monkeypatch, numbers_kept, num_ke
         torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("num_kept", [None, 2])
+def test_a_batch_without_real_tokens_gives_zeros(parts, num_kept):
+    hidden, head, mask, rng = parts
+    support = kept_support(rng, num_kept)[0] if num_kept else None
+    ids, nothing = torch.zeros(B, R, dtype=torch.long), torch.zeros_like(mask)
+    states = hidden.clone().requires_grad_()
+    logprobs = token_logprobs(states, ids, nothing, head, temperature=1.0, support=support)
+    logprobs.sum().backward()
+    assert not logprobs.any() and not states.grad.any()
+    assert not token_stats(hidden, ids, nothing, head, temperature=1.0, support=support)[0].any()
+
+
 def test_a_frozen_head_gets_no_gradient(parts):
     hidden, head, mask, rng = parts
     head.requires_grad_(False)
