@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     add("--rows", type=int, default=32, help="sequences in both batches; half as many pairs")
     add("--only", nargs="+", default=STAGES, choices=STAGES, help="what to measure")
     add("--ppo_python", help="Python of the environment of requirements-ppo.txt, for TRL's PPO")
-    add("--ppo_micro_batch", type=int, default=4, help="PPO: sequences in a forward (0 = free)")
+    add("--ppo_micro_batch", type=int, default=2, help="PPO: sequences in a forward (0 = free)")
     args = parser.parse_args()
     if args.quick:
         args.rows, args.rounds = min(args.rows, 12), min(args.rounds, 2)
