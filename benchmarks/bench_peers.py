@@ -13,7 +13,8 @@ iteration in peers_ppo.py; TRL's last PPO trainer needs an environment of its ow
 The same rows for everybody, in two batches: ours deals them by length, as its scripts do, the
 others take them as they come. All take turns, after a turn to warm up; medians over the rounds.
 The floor is the time of the matrix products that are really needed (no padding, vocabulary at
-response positions only) at the rate of a large product, measured in the same run.
+response positions only) at the rate of a large product, measured in the same run. The setting of
+the C library's memory that `start_runtime` makes helps all contenders, unless `--own_memory`.
 """
 
 import argparse
@@ -47,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--rows", type=int, default=32, help="sequences in both batches; half as many pairs")
     add("--only", nargs="+", default=STAGES, choices=STAGES, help="what to measure")
+    add("--own_memory", action="store_true", help="plain and TRL as alone: malloc's own way")
     add("--ppo_python", help="Python of the environment of requirements-ppo.txt, for TRL's PPO")
     add("--ppo_micro_batch", type=int, default=2, help="PPO: sequences in a forward (0 = free)")
     args = parser.parse_args()
@@ -155,6 +157,8 @@ def main(args: argparse.Namespace) -> None:
     for stage in args.only:
         m.release_memory()
         steps = build_steps(stage, args, pairs, runtime)
+        if args.own_memory and device.type == "cpu":
+            steps |= {name: m.returning_memory(steps[name]) for name in steps if name != "ours"}
         seconds, losses = m.take_turns(steps, args.rounds, device)
         ours = statistics.median(seconds["ours"])
         for name, times in seconds.items():
@@ -167,7 +171,8 @@ def main(args: argparse.Namespace) -> None:
             record[f"{stage}/{name}"] = [round(t, 3) for t in times]
             print(*rows[-1], sep="  ", flush=True)
         del steps, times
-    m.report(f"peers_{args.dtype}", [header, *rows], record, device)
+    name = f"peers_{args.dtype}" + "_own_memory" * args.own_memory
+    m.report(name, [header, *rows], record, device)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ length, batch and size of the model.
 
 import argparse
 import copy
-import ctypes
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +27,7 @@ from benchmarks import contenders as c
 from benchmarks import measuring as m
 from rlhf.batches import SORTING_WINDOW, Batch, epoch_order, position_ids, sample_length
 from rlhf.models import fuse_activations, prepare_training
-from rlhf.runtime import Runtime, keep_freed_memory
+from rlhf.runtime import Runtime
 from rlhf.tokens import Sample
 
 
@@ -67,16 +65,6 @@ def whole_logprobs(hidden: Tensor, ids: Tensor, mask: Tensor, head: Any, **_: An
     return logprobs.gather(2, ids[..., None])[..., 0].masked_fill(~mask, 0.0)
 
 
-@contextmanager
-def memory_goes_back() -> Iterator[None]:
-    """Restore the C library's defaults for large blocks for a while."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 65536)  # M_MMAP_MAX
-    libc.mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD
-    yield
-    keep_freed_memory()
-
-
 def variants(
     args: argparse.Namespace, samples: list[Sample], runtime: Runtime
 ) -> dict[str, m.Step]:
@@ -93,10 +81,6 @@ def variants(
         with mock.patch(name, function):
             return step()
 
-    def with_malloc() -> float:
-        with memory_goes_back():
-            return step()
-
     steps: dict[str, m.Step] = {
         "as it is": step,
         "GELU in eight operations": lambda: step(plain),
@@ -105,7 +89,7 @@ def variants(
         "--gradient_checkpointing": lambda: step(checkpointed),
     }
     if runtime.device.type == "cpu":
-        steps["memory returned to the system"] = with_malloc
+        steps["memory returned to the system"] = m.returning_memory(step)
     if args.compile:
         compiled = copy.deepcopy(model)
         prepare_training(compiled, gradient_checkpointing=False, compile=True)

@@ -19,7 +19,7 @@ import transformers
 from transformers import GPT2Config
 
 from rlhf.batches import sample_length
-from rlhf.runtime import Runtime, start_runtime
+from rlhf.runtime import Runtime, keep_freed_memory, start_runtime
 from rlhf.tokens import Sample
 from toyworld.tables import markdown_table
 
@@ -120,6 +120,23 @@ def release_memory() -> None:
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def returning_memory(step: Step) -> Step:
+    """Let a step run with the C library's own way, which `start` has changed for the process."""
+
+    def run() -> Any:
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
+        libc.mallopt(m_mmap_max, 65536)
+        libc.mallopt(m_mmap_threshold, 2**25)  # where the default ends up, which adapts
+        libc.mallopt(m_trim_threshold, 2**26)
+        try:
+            return step()
+        finally:
+            keep_freed_memory()
+
+    return run
 
 
 def take_turns(

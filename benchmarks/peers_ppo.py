@@ -12,8 +12,8 @@ model have trunks of their own.
 - TRL's last PPO trainer runs in a process of its own, ppo_peer.py. It takes the old logprobs from
   the sampler, so it has one forward less.
 
-Four such models with their optimisers are 4 GB for each contender, gradients and activations come
-on top: 20 GB in all with 2 rows in a forward (`--ppo_micro_batch`, the same for all), 26 with 4.
+Four such models with their optimisers are 4 GB for each contender; `--ppo_micro_batch` rows in a
+forward, the same for all, bound what activations take besides.
 """
 
 import functools
