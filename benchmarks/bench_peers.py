@@ -154,25 +154,27 @@ def main(args: argparse.Namespace) -> None:
     header = ["stage", "contender", "seconds", "ours is faster by", "of the floor", "loss"]
     rows: list[list[str]] = []
     record: dict[str, Any] = {"matrix_gflops": round(rate / 1e9, 1)}
-    for stage in args.only:
-        m.release_memory()
-        steps = build_steps(stage, args, pairs, runtime)
-        if args.own_memory and device.type == "cpu":
-            steps |= {name: m.returning_memory(steps[name]) for name in steps if name != "ours"}
-        seconds, losses = m.take_turns(steps, args.rounds, device)
-        ours = statistics.median(seconds["ours"])
-        for name, times in seconds.items():
-            median, share, loss = statistics.median(times), "", ""
-            if stage in PASSES:
-                needed = m.needed_flops(stage, samples, m.gpt2_config(), passes=PASSES[stage])
-                share, loss = f"{needed / rate / median:.0%}", f"{losses[name]:.5f}"
-            gain = "" if name == "ours" else f"{median / ours:.2f} x"
-            rows.append([stage, name, m.spread(times), gain, share, loss])
-            record[f"{stage}/{name}"] = [round(t, 3) for t in times]
-            print(*rows[-1], sep="  ", flush=True)
-        del steps, times
-    name = f"peers_{args.dtype}" + "_own_memory" * args.own_memory
-    m.report(name, [header, *rows], record, device)
+    try:
+        for stage in args.only:
+            m.release_memory()
+            steps = build_steps(stage, args, pairs, runtime)
+            if args.own_memory and device.type == "cpu":
+                steps |= {name: m.returning_memory(steps[name]) for name in steps if name != "ours"}
+            seconds, losses = m.take_turns(steps, args.rounds, device)
+            ours = statistics.median(seconds["ours"])
+            for name, times in seconds.items():
+                median, share, loss = statistics.median(times), "", ""
+                if stage in PASSES:
+                    needed = m.needed_flops(stage, samples, m.gpt2_config(), passes=PASSES[stage])
+                    share, loss = f"{needed / rate / median:.0%}", f"{losses[name]:.5f}"
+                gain = "" if name == "ours" else f"{median / ours:.2f} x"
+                rows.append([stage, name, m.spread(times), gain, share, loss])
+                record[f"{stage}/{name}"] = [round(t, 3) for t in times]
+                print(*rows[-1], sep="  ", flush=True)
+            del steps, times
+    finally:  # what was measured before an error or Ctrl-C
+        name = f"peers_{args.dtype}" + "_own_memory" * args.own_memory
+        m.report(name, [header, *rows], record, device)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def ppo_steps(task: Task, peer_python: str | None) -> dict[str, Step]:
         print("ppo: without TRL; --ppo_python names the Python of benchmarks/requirements-ppo.txt")
         return steps
     ask = "import importlib.metadata as m; print(m.version('trl'))"
-    version = subprocess.run([peer_python, "-c", ask], check=True, capture_output=True, text=True)
+    version = subprocess.run(
+        [peer_python, "-E", "-c", ask], check=True, capture_output=True, text=True
+    )
     steps[f"TRL {version.stdout.strip()}"] = when_needed(lambda: trl_ppo(task, peer_python))
     return steps
 
@@ -304,7 +306,7 @@ def trl_ppo(task: Task, peer_python: str) -> Step:
     path = Path(tempfile.mkdtemp()) / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     peer = subprocess.Popen(  # it ends when its standard input does
-        [peer_python, str(Path(__file__).parent / "ppo_peer.py"), str(path)],
+        [peer_python, "-E", str(Path(__file__).parent / "ppo_peer.py"), str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
