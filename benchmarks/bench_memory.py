@@ -22,7 +22,7 @@ from benchmarks import bench_peers
 from benchmarks import measuring as m
 
 STAGES = ("sft", "dpo", "rm")
-CHECKPOINTED = "ours, --gradient_checkpointing"
+CHECKPOINTED = ", gradient checkpointing"
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,16 +54,16 @@ def measure_one(args: argparse.Namespace) -> None:
     stage, name = args.one
     runtime = m.start(args)
     pairs = m.draw_pairs(args.rows // 2, args.max_len)
-    checkpointing = name == CHECKPOINTED
+    checkpointing = name.endswith(CHECKPOINTED)
     steps = bench_peers.build_steps(stage, args, pairs, runtime, checkpointing=checkpointing)
     forget_peak(runtime.device)
     before = peak_bytes(runtime.device)
-    steps["ours" if checkpointing else name]()
+    steps[name.removesuffix(CHECKPOINTED)]()
     print(json.dumps({"peak": peak_bytes(runtime.device) - before}))
 
 
 def main(args: argparse.Namespace) -> None:
-    names = ["ours", CHECKPOINTED, "plain", "TRL"]
+    names = ["ours", f"ours{CHECKPOINTED}", "plain", "TRL", f"TRL{CHECKPOINTED}"]
     rows, record = [["stage", *names]], {}
     for stage in args.only:
         figures: list[str] = []

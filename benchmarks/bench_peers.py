@@ -89,6 +89,8 @@ def build_steps(
     """Build what takes turns in a stage."""
     prompts = [list(pair[0].prompt_ids) for pair in m.draw_pairs(NUM_PROMPTS, args.max_len)]
     if stage == "ppo":
+        if runtime.device.type == "cuda":
+            sys.exit("ppo is compared on CPUs only; --only sft dpo rm rollout")
         task = Task(
             prompts[: args.rows // 2], m.gpt2_config(), args.ppo_micro_batch, args.dtype, runtime
         )
@@ -119,7 +121,7 @@ def build_steps(
         steps["ours"] = in_turn(lambda x: c.our_rm(ours, x, runtime), batches["ours"])
         steps["plain"] = in_turn(lambda x: c.plain_rm(plain, x, runtime), batches["others"])
     if peers:
-        trl_step = peers.trl_step(stage, plain, reference, args.dtype)
+        trl_step = peers.trl_step(stage, plain, reference, args.dtype, checkpointing=checkpointing)
         steps["TRL"] = in_turn(trl_step, batches["others"])
     return steps
 
@@ -160,7 +162,12 @@ def main(args: argparse.Namespace) -> None:
             steps = build_steps(stage, args, pairs, runtime)
             if args.own_memory and device.type == "cpu":
                 steps |= {name: m.returning_memory(steps[name]) for name in steps if name != "ours"}
-            seconds, losses = m.take_turns(steps, args.rounds, device)
+            seconds, losses = m.take_turns(
+                steps,
+                args.rounds,
+                device,
+                releasing=stage == "ppo",  # of 4 GB each
+            )
             ours = statistics.median(seconds["ours"])
             for name, times in seconds.items():
                 median, share, loss = statistics.median(times), "", ""

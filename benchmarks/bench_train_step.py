@@ -137,8 +137,8 @@ def measure_growth(args: argparse.Namespace, runtime: Runtime) -> None:
             models = {shape: build_model(shape, runtime.device)}  # one at a time in memory
             fuse_activations(models[shape])
         # Two fifths of it are prompt, as in the median pair.
-        sample = Sample([7] * (2 * length // 5), [8] * (length - 2 * length // 5))
-        samples = [sample] * num_rows
+        ids = torch.randint(1000, 50000, (num_rows, length)).tolist()
+        samples = [Sample(row[: 2 * length // 5], row[2 * length // 5 :]) for row in ids]
         model = models[shape]
         steps = {"step": lambda model=model, samples=samples: c.our_sft(model, samples, runtime)}
         times = m.take_turns(steps, min(args.rounds, 3), runtime.device)[0]["step"]

@@ -140,14 +140,19 @@ def returning_memory(step: Step) -> Step:
 
 
 def take_turns(
-    steps: dict[str, Step], rounds: int, device: torch.device
+    steps: dict[str, Step], rounds: int, device: torch.device, *, releasing: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Let all take turns, once to warm up; seconds of each round, and the last result of each."""
+    """Let all take turns, once to warm up; seconds of each round, and the last result of each.
+
+    With `releasing`, what a step leaves free goes back to the system before the next one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     results: dict[str, Any] = {}
     for turn in range(rounds + 1):
         for name, step in steps.items():
             elapsed, results[name] = timed(step, device)
+            if releasing:
+                release_memory()
             if turn:
                 seconds[name].append(elapsed)
     return seconds, results

@@ -40,7 +40,6 @@ from transformers import (
 )
 
 import run_ppo
-from benchmarks.measuring import release_memory
 from rlhf.advantages import gae, token_rewards
 from rlhf.batches import PlannedBatch
 from rlhf.experience import Prompts, roll_out, rollout_metrics, token_numbers
@@ -94,18 +93,9 @@ def ppo_steps(task: Task, peer_python: str | None) -> dict[str, Step]:
 
 
 def when_needed(build: Callable[[], Step]) -> Step:
-    """Build a step at its first call, which is the one that warms up.
-
-    What a step leaves free goes back to the system, since the contenders hold 4 GB each.
-    """
+    """Build a step at its first call, which is the one that warms up."""
     built = functools.cache(build)
-
-    def step() -> float:
-        loss = built()()
-        release_memory()
-        return loss
-
-    return step
+    return lambda: built()()
 
 
 # Ours

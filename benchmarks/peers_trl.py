@@ -1,9 +1,9 @@
 """TRL's trainers, one `training_step` each, on the batch that their own collators make.
 
-Their settings are the fastest that run in float32 without a GPU: no gradient checkpointing (their
-default), no padding-free or packed batches (those need a flash-attention kernel; DPO's is switched
-off in 1.16), no Liger kernels (Triton). A step of theirs computes entropy and accuracy as well,
-which cannot be switched off.
+Their settings are the fastest that run in float32 without a GPU: no gradient checkpointing, which
+is their default, no padding-free or packed batches (those need a flash-attention kernel; DPO's is
+switched off in 1.16), no Liger kernels (Triton). A step of theirs computes entropy and accuracy as
+well, which cannot be switched off.
 """
 
 import copy
@@ -32,7 +32,9 @@ KINDS = {"sft": "SFT", "dpo": "DPO", "rm": "Reward"}
 COLUMNS = {"sft": ["text"], "dpo": ["prompt", "chosen", "rejected"], "rm": ["chosen", "rejected"]}
 
 
-def trl_step(stage: str, model: Any, reference: Any, dtype: str) -> Callable[[list[Any]], float]:
+def trl_step(
+    stage: str, model: Any, reference: Any, dtype: str, *, checkpointing: bool = False
+) -> Callable[[list[Any]], float]:
     """Build a trainer around copies, since it changes what it is given; returns its step."""
     kind = KINDS[stage]
     config = getattr(trl, f"{kind}Config")(
@@ -40,7 +42,7 @@ def trl_step(stage: str, model: Any, reference: Any, dtype: str) -> Callable[[li
         report_to="none",
         bf16=dtype == "bfloat16",
         use_cpu=model.device.type == "cpu",
-        gradient_checkpointing=False,
+        gradient_checkpointing=checkpointing,
         disable_tqdm=True,
         **({"beta": BETA} if stage == "dpo" else {}),
     )

@@ -16,17 +16,20 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rlhf.batches import TOKENS_PER_FORWARD
 from toyworld.tables import markdown_table
 
-TOKENS_PER_FORWARD = 8192
-ACTIVATIONS = 36.0  # numbers kept for the backward pass, a token, layer and width: bench_memory.py
-CHECKPOINTED = 2.0  # the same with --gradient_checkpointing: a layer's input, and one layer's rest
+# Numbers kept for the backward pass, a token, layer and unit of width: the 14 that bench_memory.py
+# sees go with --gradient_checkpointing, and the layer's input, which stays.
+ACTIVATIONS = 15.0
 STATES = {"SFT": (1, 0), "RM": (1, 0), "DPO": (1, 0), "PPO": (2, 2)}  # models trained, frozen
 # Millions of tokens that UltraFeedback with the default arguments takes through each stage, and
 # FLOPs a weight and token: 2 forwards, 4 backwards. DPO's reference is computed once. PPO, 41,000
 # prompts with 256 new tokens each: old logprobs and values 4, reference and reward 4, and three
 # inner epochs of 6 for policy and critic. Its sampling is bound by memory, and counted apart.
 WORK = {"SFT": (44, 6), "RM": (26, 6), "DPO": (35, 8), "PPO": (16, 44)}
+# As with run_ppo.py --max_new_tokens=256 --batch_size=128, which README recommends. The defaults,
+# 16 responses of up to 1,024 tokens, read the weights up to 32 times as often.
 PROMPTS, NEW_TOKENS, BATCH = 41_000, 256, 128
 
 
@@ -63,8 +66,9 @@ def states_gb(shape: Shape, stage: str) -> float:
     return shape.weights * (16 * trained + 4 * frozen) / 1e9
 
 
-def activations_gb(shape: Shape, numbers: float) -> float:
-    """Activations of one forward in bfloat16."""
+def activations_gb(shape: Shape, *, checkpointed: bool) -> float:
+    """Activations of one forward in bfloat16; checkpointed: all inputs, and one layer's rest."""
+    numbers = 1 + (ACTIVATIONS - 1) / shape.layers if checkpointed else ACTIVATIONS
     return TOKENS_PER_FORWARD * shape.layers * shape.width * numbers * 2 / 1e9
 
 
@@ -75,23 +79,23 @@ def train_hours(shape: Shape, stage: str, args: argparse.Namespace) -> float:
 
 
 def sampling_hours(shape: Shape, args: argparse.Namespace) -> float:
-    """The least that sampling takes: every token of a batch reads the weights in bfloat16."""
+    """The least that sampling takes: a token of all slots reads the weights once, in bfloat16."""
     reads = PROMPTS / BATCH * NEW_TOKENS
     return reads * shape.weights * 2 / (args.bandwidth * 1e12) / 3600
 
 
 def main(args: argparse.Namespace) -> None:
     print(f"Assumed: {args.share:.0%} of {args.peak:g} TFLOP/s, and {args.bandwidth:g} TB/s.\n")
-    shares = [f"a GPU of {n}, GB" for n in args.gpus]
+    shares = [f"GB each on {n} GPUs" for n in args.gpus]
     rows = [["model", "stage", *shares, "activations, GB", "checkpointed, GB", "GPU hours"]]
     for name, shape in SHAPES.items():
-        activations = [activations_gb(shape, n) for n in (ACTIVATIONS, CHECKPOINTED)]
+        activations = [activations_gb(shape, checkpointed=flag) for flag in (False, True)]
         for stage in STATES:
             states = [states_gb(shape, stage) / n for n in args.gpus]
-            figures = [f"{gb:.1f}" for gb in (*states, *activations)]
-            work = f"{train_hours(shape, stage, args):.2f}"
+            figures = [f"{gb:.2g}" if gb < 10 else f"{gb:.0f}" for gb in (*states, *activations)]
+            work = f"{train_hours(shape, stage, args):.2g}"
             if stage == "PPO":
-                work += f" + {sampling_hours(shape, args):.2f} or more"
+                work += f" + {sampling_hours(shape, args):.2g} or more"
             rows.append([name, stage, *figures, work])
     print(markdown_table(rows))
 
