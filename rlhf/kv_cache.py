@@ -25,7 +25,9 @@ def takes_any_mask(model: PreTrainedModel) -> bool:
     layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
     takes = inspect.signature(model.base_model.forward).parameters
     attention = model.config._attn_implementation
-    return layers == {DynamicLayer} and "position_ids" in takes and attention == "sdpa"
+    has_alibi = getattr(model.config, "alibi", False)  # whose biases are made of a mask (B, T)
+    is_uniform = layers == {DynamicLayer} and "position_ids" in takes
+    return is_uniform and attention == "sdpa" and not has_alibi
 
 
 class SlotLayer(DynamicLayer):

@@ -133,16 +133,17 @@ class VocabularyLogprobs(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight) if wants_weight else None
         bias_gradient = weight.new_zeros(len(weight)) if wants_bias else None
         scaled = gradient[:, None] / ctx.temperature  # (N, 1)
-        for part in chunks(len(hidden)):
-            logprobs = ctx.kept.pop(0) if ctx.kept else ctx.log_softmax(part)
-            dz = logprobs.exp_().mul_(-scaled[part])  # (at most CHUNK, V)
-            dz.scatter_add_(1, ids[part, None], scaled[part])
-            if hidden_gradient is not None:
-                hidden_gradient[part] = (dz @ weight).to(hidden.dtype)
-            if weight_gradient is not None:
-                weight_gradient.addmm_(dz.T, hidden[part].to(weight.dtype))
-            if bias_gradient is not None:
-                bias_gradient += dz.sum(dim=0)
+        with torch.autocast(hidden.device.type, enabled=False):  # in float32 wherever it is called
+            for part in chunks(len(hidden)):
+                logprobs = ctx.kept.pop(0) if ctx.kept else ctx.log_softmax(part)
+                dz = logprobs.exp_().mul_(-scaled[part])  # (at most CHUNK, V)
+                dz.scatter_add_(1, ids[part, None], scaled[part])
+                if hidden_gradient is not None:
+                    hidden_gradient[part] = (dz @ weight).to(hidden.dtype)
+                if weight_gradient is not None:
+                    weight_gradient.addmm_(dz.T, hidden[part].to(weight.dtype))
+                if bias_gradient is not None:
+                    bias_gradient += dz.sum(dim=0)
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
@@ -180,7 +181,7 @@ def kept_logprobs(
     """Logprobs of a chunk's ids among the ids that were kept beside them."""
     kept = logits_at(hidden, kept_ids.clamp(min=0), head, temperature)  # (N, K)
     kept = kept.masked_fill(kept_ids < 0, -torch.inf)
-    chosen = logits_at(hidden, ids[:, None], head, temperature)[:, 0]
+    chosen = kept.masked_fill(kept_ids != ids[:, None], -torch.inf).amax(dim=1)
     return chosen - kept.logsumexp(dim=1)
 
 

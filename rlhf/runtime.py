@@ -69,7 +69,7 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     if dtype == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
     # What autocast leaves in float32, above all the vocabulary's logits, keeps float32 storage and
-    # sums. In a bfloat16 run its products may take short cuts: TF32 on CUDA, bfloat16 on a CPU.
+    # sums. In a bfloat16 run its products may take short cuts, on CUDA that of TF32.
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
     accelerate.utils.set_seed(seed)
     return Runtime(device, precision, notice)

@@ -69,7 +69,10 @@ def kept_logits(
     top_k: int,
     top_p: float,
 ) -> tuple[Tensor, Tensor]:  # logits (B, K), falling, -inf where dropped; their ids (B, K)
-    """Keep the `top_k` largest, of these the fewest that hold `top_p` of the mass."""
+    """Keep the `top_k` largest, of these the fewest that hold `top_p` of the mass.
+
+    Of equal ones at the border as many are kept as asked for; transformers keeps them all.
+    """
     values, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))
     if top_p == 1.0:
         return values, ids
@@ -78,7 +81,7 @@ def kept_logits(
     values = values.masked_fill(mass_before >= top_p, -torch.inf)
     if top_k:
         return values, ids
-    width = int(values.isfinite().sum(dim=1).max())  # waits for the device at every token
+    width = int((~values.isneginf()).sum(dim=1).max())  # waits for the device at every token
     return values[:, :width], ids[:, :width]
 
 

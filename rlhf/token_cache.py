@@ -66,7 +66,7 @@ def read_ids(path: Path) -> list[list[int]] | None:
             told = (file.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return None
-    if told != digest(flat, lengths):
+    if told != digest(flat, lengths) or (flat.dtype, lengths.dtype) != (np.int32, np.int64):
         return None
     with suppress(OSError):
         os.utime(path)  # so that what is in use is not the oldest

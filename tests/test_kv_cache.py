@@ -31,6 +31,7 @@ FAMILIES = {
     "gemma": GROUPED,
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
     "bloom": {"n_layer": 2, "n_head": 4},  # ALiBi: no position ids
+    "falcon": {"alibi": True, "new_decoder_architecture": False, "multi_query": False},
     "mistral": GROUPED | {"sliding_window": 4},
     "mamba": {"state_size": 4},  # no keys and values at all
 }
@@ -75,4 +76,24 @@ def test_which_models_are_known():
     known = {family for family in FAMILIES if has_plain_cache(build(family))}
     assert known == set(FAMILIES) - {"mamba"}
     any_mask = {family for family in known if takes_any_mask(build(family))}
-    assert any_mask == known - {"bloom", "mistral"}
+    assert any_mask == known - {"bloom", "falcon", "mistral"}
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt2"])
+def test_a_response_may_fill_every_position_that_a_model_has(family):
+    """GPT-Neo's masks are a buffer with a column for each position."""
+    torch.manual_seed(0)
+    layers = {"attention_types": [[["global"], 2]]} if family == "gpt_neo" else {}
+    small = {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2} | layers
+    if family == "gpt2":
+        small = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = AutoConfig.for_model(family, max_position_embeddings=24, **small)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    sampling = PLAIN._replace(do_sampling=False, max_new_tokens=0, max_len=24, eos_id=63)
+    prompts = uneven_prompts(5)
+    responses, _ = roll_out(model, prompts, sampling, micro_batch_size=0)
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"max_length": 24, "do_sample": False, "eos_token_id": 63, "pad_token_id": 63}
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert response == theirs[0, len(prompt) :].tolist()

@@ -56,7 +56,7 @@ def test_a_key_is_of_each_text_their_order_and_the_whole_tokenizer(tokenizer, ba
     assert len(keys) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "not safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "not safetensors", "another type"])
 def test_a_damaged_cache_is_made_again(tokenizer, counted, tmp_path, damage):
     texts = TEXTS[:3]
     token_cache.cached_ids(tokenizer, texts, counted, tmp_path)
@@ -65,6 +65,7 @@ def test_a_damaged_cache_is_made_again(tokenizer, counted, tmp_path, damage):
     flipped = bytearray(whole)
     flipped[-9] ^= 1
     new = {"cut": whole[:-5], "flipped": flipped, "empty": b"", "not safetensors": b"x" * 99}
+    new["another type"] = whole.replace(b'"I32"', b'"F32"')
     path.write_bytes(new[damage])
     ids = token_cache.cached_ids(tokenizer, texts, counted, tmp_path)
     assert ids == encode_texts(tokenizer, texts) and counted.calls == 2
