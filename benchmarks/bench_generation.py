@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel
 
 from benchmarks import contenders as c
 from benchmarks import measuring as m
+from rlhf.batches import Room
 from rlhf.generation import generate
 from rlhf.models import fuse_activations
 from rlhf.runtime import Runtime
@@ -67,7 +68,7 @@ def until_full(
                 sampling=sampling,
                 noise_key=(0, 1),
                 rows=range(start, start + len(part)),
-                micro_batch_size=1,  # eight slots: so many fit where one training sequence does
+                room=Room(1),  # eight slots: so many fit where one training sequence does
             )
 
 

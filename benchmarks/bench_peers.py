@@ -38,7 +38,7 @@ from rlhf.models import fuse_activations, prepare_training
 from rlhf.runtime import Runtime
 
 STAGES = ("sft", "dpo", "rm", "rollout", "ppo")
-NUM_PROMPTS, NEW_TOKENS = 16, 48  # of rollouts; PPO takes `--rows` / 2
+NUM_PROMPTS, NEW_TOKENS = 16, 48  # of rollouts; PPO takes `--rows` / 3
 PASSES = {"sft": 6, "dpo": 8, "rm": 6}  # 2 forwards, 4 backwards; the reference's forward
 
 
@@ -92,7 +92,7 @@ def build_steps(
         if runtime.device.type == "cuda":
             sys.exit("ppo is compared on CPUs only; --only sft dpo rm rollout")
         task = Task(
-            prompts[: args.rows // 2], m.gpt2_config(), args.ppo_micro_batch, args.dtype, runtime
+            prompts[: args.rows // 3], m.gpt2_config(), args.ppo_micro_batch, args.dtype, runtime
         )
         return ppo_steps(task, args.ppo_python)
     kind = GPT2ForSequenceClassification if stage == "rm" else GPT2LMHeadModel
@@ -180,7 +180,8 @@ def main(args: argparse.Namespace) -> None:
                 print(*rows[-1], sep="  ", flush=True)
             del steps, times
     finally:  # what was measured before an error or Ctrl-C
-        name = f"peers_{args.dtype}" + "_own_memory" * args.own_memory
+        some = [] if tuple(args.only) == STAGES else args.only
+        name = "_".join(["peers", args.dtype, *some]) + "_own_memory" * args.own_memory
         m.report(name, [header, *rows], record, device)
 
 

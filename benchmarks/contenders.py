@@ -16,17 +16,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 import run_dpo
+import run_rm
 import run_sft
 from benchmarks.measuring import EOS, Pair
-from rlhf.batches import build_batch, micro_batches, sample_length
+from rlhf.batches import Room, sample_length
 from rlhf.generation import generate
-from rlhf.losses import pairwise_reward_loss
-from rlhf.models import reward_logits
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
 from rlhf.tokens import Sample
 
 BETA = 0.2
+ROOM = Room(0)
 Prompts = list[list[int]]
 
 
@@ -50,45 +50,26 @@ def num_targets(batch: list[Any]) -> int:
 
 def our_sft(model: PreTrainedModel, samples: list[Sample], runtime: Runtime) -> float:
     samples = sorted(samples, key=sample_length)  # as `epoch_order` deals them
-    num_tokens = sum(len(sample.response_ids) for sample in samples)
-    total = torch.zeros((), device=runtime.device)
-    for part in micro_batches([sample_length(sample) for sample in samples], 0):
-        batch = build_batch(samples[part], EOS).to(runtime.device)
-        loss = run_sft.summed_loss(model, batch, runtime) / num_tokens
-        loss.backward()
-        total += loss.detach()
-    return float(total)
+    return float(run_sft.add_gradient(model, samples, EOS, runtime, ROOM))
 
 
 def our_dpo(
     model: PreTrainedModel, reference: PreTrainedModel, pairs: list[Pair], runtime: Runtime
 ) -> float:
     pairs = sorted(pairs, key=row_length)
-    settings = argparse.Namespace(micro_batch_size=0)
-    ref_logprobs = run_dpo.all_logprobs(reference, pairs, EOS, settings, runtime)
-    lengths = [row_length(pair) for pair in pairs]
-    total = torch.zeros((), device=runtime.device)
-    for part in micro_batches(lengths, 0, sequences_per_row=2):
-        logprobs = run_dpo.pair_logprobs(model, pairs[part], EOS, runtime)
-        terms = run_dpo.preference_terms(logprobs, ref_logprobs[part], BETA)
-        loss = terms["loss"].sum() / len(pairs)
-        loss.backward()
-        total += loss.detach()
-    return float(total)
+    ref_logprobs = run_dpo.all_logprobs(reference, EOS, runtime, pairs, ROOM)
+    settings = argparse.Namespace(beta=BETA)
+    means = run_dpo.add_gradient(settings, model, EOS, runtime, pairs, ref_logprobs, ROOM)
+    return float(means["loss"])
 
 
 def our_rm(model: PreTrainedModel, pairs: list[Pair], runtime: Runtime) -> float:
     pairs = sorted(pairs, key=row_length)
-    lengths = [row_length(pair) for pair in pairs]
-    total = torch.zeros((), device=runtime.device)
-    for part in micro_batches(lengths, 0, sequences_per_row=2):
-        batch = build_batch(both_sides(pairs[part]), EOS).to(runtime.device)
-        with runtime.autocast():
-            logits = reward_logits(model, batch, eos_id=EOS)
-        loss = pairwise_reward_loss(*logits.chunk(2)).sum() / len(pairs)
-        loss.backward()
-        total += loss.detach()
-    return float(total)
+    responses = argparse.Namespace(samples=both_sides(pairs))
+    responses.lengths = [sample_length(sample) for sample in responses.samples]
+    items = [(row, row + len(pairs)) for row in range(len(pairs))]
+    settings = argparse.Namespace(loss="pairwise")
+    return float(run_rm.add_gradient(settings, model, responses, EOS, runtime, items, ROOM))
 
 
 def our_rollout(
@@ -113,7 +94,7 @@ def our_rollout(
             sampling=sampling,
             noise_key=(0, step),
             rows=range(len(prompts)),
-            micro_batch_size=0,
+            room=ROOM,
         )
     assert rollout.batch.response_mask.sum() == len(prompts) * new_tokens
 

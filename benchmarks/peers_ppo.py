@@ -16,14 +16,15 @@ Four such models with their optimisers are 4 GB for each contender; `--ppo_micro
 forward, the same for all, bound what activations take besides.
 """
 
+import argparse
 import functools
-import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +41,8 @@ from transformers import (
 )
 
 import run_ppo
-from rlhf.advantages import gae, token_rewards
-from rlhf.batches import PlannedBatch
-from rlhf.experience import Prompts, roll_out, rollout_metrics, token_numbers
-from rlhf.masked import masked_whiten
+from rlhf.batches import PlannedBatch, Room
+from rlhf.experience import Prompts
 from rlhf.rewards import RewardFacts, score_by_model
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
@@ -111,6 +110,23 @@ def tokenizer_of_words(config: GPT2Config) -> PreTrainedTokenizerFast:
     )
 
 
+class NeverStopped:
+    """What run_ppo.py needs of `rlhf.resume.Progress`, without a disk."""
+
+    def __init__(self, room: Room) -> None:
+        self.room, self.carried = room, {}
+        self.metrics = argparse.Namespace(step=1)  # the ratio is checked once in a run, at step 0
+
+    def fitting(self, attempt: Callable[[Room], Any]) -> Any:
+        return attempt(self.room)
+
+    def whole(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def next_step(self) -> None:
+        self.metrics.step, self.carried = self.metrics.step + 1, {}
+
+
 def our_ppo(task: Task, sft_path: str, rm_path: str) -> Step:
     args = run_ppo.parse_args(
         [
@@ -136,45 +152,28 @@ def our_ppo(task: Task, sft_path: str, rm_path: str) -> Step:
         eos_id=eos_id,
         early_end_ids=[eos_id],
     )
+    room = Room(args.micro_batch_size)
     actors = run_ppo.load_actors(args, sampling, task.runtime, 0.0)
     score = score_by_model(
         run_ppo.load_reward(args, task.runtime.device, eos_id),
         RewardFacts("pairwise", args.max_reward, logit_mean=0.0, reward_mean=0.0),
         runtime=task.runtime,
-        micro_batch_size=args.micro_batch_size,
+        room=room,
     )
     plan = [[PlannedBatch(list(rows), 0.0)] * MANY]
     schedules = run_ppo.build_schedules(args, actors.policy, actors.critic, plan)
-    tokenizer, steps = tokenizer_of_words(task.config), itertools.count(1)
+    tokenizer, progress = tokenizer_of_words(task.config), NeverStopped(room)
     prompts = Prompts(task.prompts, [""] * len(rows))
 
     def iterate() -> float:
-        step = next(steps)
-        rollout, responses = roll_out(actors, tokenizer, prompts, rows, noise_key=(args.seed, step))
-        mask = rollout.batch.response_mask  # (B, R)
+        experience = run_ppo.gather(
+            args, actors, tokenizer, prompts, score, schedules, progress, rows
+        )
+        mask = experience.mask  # (B, R)
         assert mask.all() and mask.shape[1] == NEW_TOKENS
-        scores = run_ppo.score_responses(args, score, prompts.texts, responses, rollout)
-        numbers = token_numbers(actors, rollout)
-        rewards = token_rewards(
-            scores, numbers.kl, mask, beta=args.beta, max_kl_div=args.max_kl_div
-        )
-        advantages, returns = gae(
-            rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
-        )
-        advantages = masked_whiten(advantages, mask)
-        updates = run_ppo.update(
-            args,
-            actors,
-            schedules,
-            rollout,
-            numbers,
-            advantages,
-            returns,
-            step=step,
-            names=rows,
-        )
-        report = rollout_metrics(scores, rewards, numbers, mask, rollout.ended) | updates
-        return {name: float(value) for name, value in report.items()}["loss/policy_avg"]
+        updates = run_ppo.update(args, actors, schedules, progress, experience, names=rows)
+        progress.next_step()
+        return float(updates["loss/policy_avg"])
 
     return iterate
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlhf.batches import TOKENS_PER_FORWARD
 from toyworld.tables import markdown_table
 
-# Numbers kept for the backward pass, a token, layer and unit of width: the 14 that bench_memory.py
-# sees go with --gradient_checkpointing, and the layer's input, which stays.
+# Numbers kept for the backward pass, a token, layer and unit of width: the 11 to 14 that
+# bench_memory.py sees go with --gradient_checkpointing, and the layer's input, which stays.
 ACTIVATIONS = 15.0
 STATES = {"SFT": (1, 0), "RM": (1, 0), "DPO": (1, 0), "PPO": (2, 2)}  # models trained, frozen
 # Millions of tokens that UltraFeedback with the default arguments takes through each stage, and
