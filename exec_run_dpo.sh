@@ -26,4 +26,6 @@ exec "$PYTHON" run_dpo.py \
     --max_samples=0 \
     --report_to=none \
     --resume=auto \
+    --save_every=10.0 \
+    --keep=0 \
     "$@"

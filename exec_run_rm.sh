@@ -28,4 +28,6 @@ exec "$PYTHON" run_rm.py \
     --max_samples=0 \
     --report_to=none \
     --resume=auto \
+    --save_every=10.0 \
+    --keep=0 \
     "$@"

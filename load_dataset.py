@@ -24,6 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rlhf.arguments import Parser, count, inner_ratio, non_negative, nonempty, ratio, seed
+from rlhf.disk import Lock, sha256_of
 from rlhf.errors import InputError, run_script
 from rlhf.files import SUFFIXES, ULTRAFEEDBACK, find_files, read_rows
 from rlhf.language import keep_language, language_filter
@@ -35,7 +36,6 @@ from rlhf.records import (
     pair_record,
     replace_splits,
     scored_records,
-    sha256_of,
     write_records,
 )
 from rlhf.sources import Example, UnusablePrompt, form_of, num_responses, parse_row
@@ -95,6 +95,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    data_dir = Path(args.data_dir)
+    is_new = not data_dir.exists()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with Lock(data_dir, flag="--data_dir"):
+            make_splits(args)
+    finally:
+        if is_new and not any(data_dir.iterdir()):
+            data_dir.rmdir()
+
+
+def make_splits(args: argparse.Namespace) -> None:
     in_language = language_filter(args.language)
 
     # 1. Rows

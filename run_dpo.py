@@ -16,8 +16,8 @@ import math
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,14 +32,8 @@ from rlhf.arguments import (
     positive_count,
     seed,
 )
-from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
-from rlhf.checkpoints import (
-    RESUME,
-    RunFolder,
-    load_tensors,
-    save_tensors,
-    weights_fingerprint,
-)
+from rlhf.batches import Room, build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.checkpoints import load_tensors, save_tensors, weights_fingerprint
 from rlhf.errors import RunError, run_script
 from rlhf.logprobs import sequence_logprobs, token_logprobs
 from rlhf.losses import dpo_loss
@@ -53,7 +47,9 @@ from rlhf.models import (
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
-from rlhf.records import PAIR, fingerprint, read_split
+from rlhf.records import PAIR, changed_since_written, fingerprint, read_split
+from rlhf.resume import Progress
+from rlhf.run_folder import RESUME, RunFolder
 from rlhf.runtime import Runtime, start_runtime, start_trackers
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
@@ -104,17 +100,26 @@ def load_pairs(
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     say(runtime.notice)
-    flag, sft_path = "--sft_model_path", args.sft_model_path
-    folder = RunFolder(
+    say(changed_since_written(args.data_dir))
+    with RunFolder(
         args.ckpt_dir,
         stage="dpo",
-        inputs={flag: sft_path, "--data_dir": args.data_dir},
+        inputs={"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir},
         arguments=vars(args),
         data=fingerprint(args.data_dir),
         resume=args.resume,
-    )
+        keep=args.keep,
+    ) as folder:
+        if folder.standing == "finished":
+            say(folder.finished_line())
+        else:
+            train(args, runtime, folder)
+
+
+def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
+    flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    train = load_pairs(args, tokenizer, "train", args.max_samples)
+    pairs = load_pairs(args, tokenizer, "train", args.max_samples)
     heldout = load_pairs(args, tokenizer, "eval", 0)
 
     # Every dropout is at 0: policy and reference are the same function until the first update, and
@@ -125,13 +130,17 @@ def main(args: argparse.Namespace) -> None:
     )
     set_generation_defaults(policy, tokenizer)
     pad_id = tokenizer.eos_token_id
-    made_from = reference_fingerprint(policy, train, heldout, runtime)
-    cache = Path(args.ckpt_dir) / RESUME / "ref_logprobs.safetensors"
-    ref_logprobs = load_tensors(cache, fingerprint=made_from, device=runtime.device) or {
-        side: all_logprobs(policy, pairs, pad_id, args, runtime)
-        for side, pairs in (("train", train), ("eval", heldout))
-    }  # (number of pairs, 2) each
-    lengths = [max(map(sample_length, pair)) for pair in train]
+    made_from = {"sha256": reference_fingerprint(policy, pairs, heldout, runtime)}
+    room, cache = Room(args.micro_batch_size), folder.path / RESUME / "ref_logprobs"
+    cached = load_tensors(cache, device=runtime.device)
+    if cached and cached[1] == made_from:
+        ref_logprobs = cached[0]
+    else:
+        ref_logprobs = {
+            side: all_logprobs(policy, pad_id, runtime, some, room)
+            for side, some in (("train", pairs), ("eval", heldout))
+        }  # (number of pairs, 2) each
+    lengths = [max(map(sample_length, pair)) for pair in pairs]
     plan = plan_epochs(
         lengths,
         args.batch_size,
@@ -147,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
         warmup_ratio=0.0,
     )
     say(folder.start())
-    save_tensors(cache, ref_logprobs, fingerprint=made_from)
+    save_tensors(cache, ref_logprobs, made_from)
     metrics = Metrics(
         folder.path,
         num_steps=num_steps,
@@ -155,43 +164,49 @@ def main(args: argparse.Namespace) -> None:
         report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
         console=["loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "lr"],
     )
-    metrics.add_epoch(0, evaluate(policy, heldout, ref_logprobs["eval"], pad_id, args, runtime))
-
-    for epoch, batches in enumerate(plan, start=1):
-        for rows, progress in batches:
-            means: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=runtime.device))
-            here = [lengths[row] for row in rows]
-            for part in micro_batches(here, args.micro_batch_size, sequences_per_row=2):
-                pairs = [train[row] for row in rows[part]]
-                logprobs = pair_logprobs(policy, pairs, pad_id, runtime)  # (B, 2)
-                terms = preference_terms(logprobs, ref_logprobs["train"][rows[part]], args.beta)
-                (terms["loss"].sum() / len(rows)).backward()
-                for name, values in terms.items():
-                    means[name] = means[name] + values.detach().sum() / len(rows)
-            if metrics.step == 0:
-                check_first_loss(float(means["loss"]), args.beta, runtime)
-            learning_rate = schedule.get_last_lr()[0]
-            grad_norm = optimizer_step(
-                [schedule],
-                means["loss"],
-                max_gradient_norm=args.max_gradient_norm,
-                where=f"step {metrics.step + 1}, rows {rows}",
-            )
-            metrics.add(
-                {**means, "grad_norm": grad_norm, "lr": learning_rate},
-                epoch=progress,
-                num_tokens=sum(sample_length(sample) for row in rows for sample in train[row]),
-            )
-        results = evaluate(policy, heldout, ref_logprobs["eval"], pad_id, args, runtime)
-        folder.save_epoch(
-            policy,
-            tokenizer,
-            epoch=epoch,
-            figure=f"loss={results['eval_loss']:.4f}",
-            objective=results["eval_loss"],
-            facts={"metrics": results},
-        )
-        metrics.add_epoch(epoch, results)
+    with Progress(
+        folder,
+        plan,
+        modules={"policy": policy},
+        schedules=[schedule],
+        metrics=metrics,
+        room=room,
+        save_every=args.save_every,
+    ) as progress:
+        judge = partial(evaluate, args, policy, pad_id, runtime, heldout, ref_logprobs["eval"])
+        add = partial(add_gradient, args, policy, pad_id, runtime)
+        if not metrics.rows:
+            metrics.add_epoch(0, progress.fitting(judge))
+        for epoch, batches in progress.left():
+            for rows, done in batches:
+                batch = [pairs[row] for row in rows]
+                means = progress.fitting(partial(add, batch, ref_logprobs["train"][rows]))
+                if metrics.step == 0:
+                    check_first_loss(float(means["loss"]), args.beta, runtime)
+                learning_rate = schedule.get_last_lr()[0]
+                with progress.whole():
+                    grad_norm = optimizer_step(
+                        [schedule],
+                        means["loss"],
+                        max_gradient_norm=args.max_gradient_norm,
+                        where=f"step {metrics.step + 1}, rows {rows}",
+                    )
+                    metrics.add(
+                        {**means, "grad_norm": grad_norm, "lr": learning_rate},
+                        epoch=done,
+                        num_tokens=sum(sample_length(sample) for pair in batch for sample in pair),
+                    )
+            results = progress.fitting(judge)
+            with progress.whole():
+                folder.save_epoch(
+                    policy,
+                    tokenizer,
+                    epoch=epoch,
+                    figure=f"loss={results['eval_loss']:.4f}",
+                    objective=results["eval_loss"],
+                    facts={"metrics": results},
+                )
+                metrics.add_epoch(epoch, results)
     metrics.finish(
         [
             ["loss", "eval_loss"],
@@ -202,6 +217,28 @@ def main(args: argparse.Namespace) -> None:
         best=folder.path / "best",
         next_step="README.md, 'Using the checkpoints': five lines that answer",
     )
+    folder.finish()
+
+
+def add_gradient(
+    args: argparse.Namespace,
+    policy: PreTrainedModel,
+    pad_id: int,
+    runtime: Runtime,
+    pairs: list[Pair],
+    ref_logprobs: Tensor,  # (B, 2)
+    room: Room,
+) -> dict[str, Tensor]:
+    """Add the gradient of an optimisation batch to the weights'; returns means over its pairs."""
+    means: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=runtime.device))
+    lengths = [max(map(sample_length, pair)) for pair in pairs]
+    for part in micro_batches(lengths, room, sequences_per_row=2):
+        logprobs = pair_logprobs(policy, pairs[part], pad_id, runtime)  # (B, 2)
+        terms = preference_terms(logprobs, ref_logprobs[part], args.beta)
+        (terms["loss"].sum() / len(pairs)).backward()
+        for name, values in terms.items():
+            means[name] = means[name] + values.detach().sum() / len(pairs)
+    return dict(means)
 
 
 def pair_logprobs(
@@ -221,18 +258,14 @@ def pair_logprobs(
 
 @torch.no_grad()
 def all_logprobs(
-    model: PreTrainedModel,
-    pairs: list[Pair],
-    pad_id: int,
-    args: argparse.Namespace,
-    runtime: Runtime,
+    model: PreTrainedModel, pad_id: int, runtime: Runtime, pairs: list[Pair], room: Room
 ) -> Tensor:  # (number of pairs, 2)
     """Log-probabilities of all responses, in the order of the pairs."""
     lengths = [max(map(sample_length, pair)) for pair in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
     logprobs = torch.zeros(len(pairs), 2, device=runtime.device)
     ordered = [lengths[row] for row in order]
-    for part in micro_batches(ordered, args.micro_batch_size, sequences_per_row=2):
+    for part in micro_batches(ordered, room, sequences_per_row=2):
         rows = order[part]
         logprobs[rows] = pair_logprobs(model, [pairs[row] for row in rows], pad_id, runtime)
     return logprobs
@@ -286,15 +319,16 @@ def reference_fingerprint(
 
 @torch.no_grad()
 def evaluate(
+    args: argparse.Namespace,
     policy: PreTrainedModel,
+    pad_id: int,
+    runtime: Runtime,
     heldout: list[Pair],
     ref_logprobs: Tensor,
-    pad_id: int,
-    args: argparse.Namespace,
-    runtime: Runtime,
+    room: Room,
 ) -> dict[str, float]:
     """Means over held-out pairs of what is logged in training."""
-    logprobs = all_logprobs(policy, heldout, pad_id, args, runtime)
+    logprobs = all_logprobs(policy, pad_id, runtime, heldout, room)
     terms = preference_terms(logprobs, ref_logprobs, args.beta)
     return {f"eval_{name}": float(values.mean()) for name, values in terms.items()}
 

@@ -36,14 +36,15 @@ from rlhf.arguments import (
     ratio,
     seed,
 )
-from rlhf.batches import Batch, PlannedBatch, micro_batches_by_length, plan_epochs
-from rlhf.checkpoints import RunFolder, read_run
+from rlhf.batches import Batch, PlannedBatch, Room, micro_batches_by_length, plan_epochs
+from rlhf.checkpoints import read_run
 from rlhf.errors import run_script
 from rlhf.experience import (
     Actors,
-    Numbers,
+    Experience,
     Prompts,
     check_ratio_is_one,
+    decode_responses,
     explained_variance,
     policy_forward,
     roll_out,
@@ -66,7 +67,8 @@ from rlhf.models import (
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
-from rlhf.records import PROMPT, fingerprint, prompt_text, read_split
+from rlhf.records import PROMPT, changed_since_written, fingerprint, prompt_text, read_split
+from rlhf.resume import Progress
 from rlhf.rewards import (
     RewardFacts,
     Scorer,
@@ -74,6 +76,7 @@ from rlhf.rewards import (
     score_by_function,
     score_by_model,
 )
+from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, start_runtime, start_trackers
 from rlhf.sampling import Sampling
 from rlhf.tokens import count_dropped, early_end_ids, encode_prompts, has_room
@@ -87,6 +90,15 @@ CONSOLE = [
     "policy/clipfrac_avg",
     "loss/value_avg",
 ]
+UPDATE_METRICS = (
+    "loss/policy_avg",
+    "loss/value_avg",
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "val/ratio",
+    "val/clipfrac_avg",
+    "grad_norm",
+)
 EVAL_BATCH = 64  # prompts that are judged together: memory only
 
 
@@ -191,36 +203,48 @@ def load_actors(
         model = load() if args.reward_fn else load_reward(args, runtime.device, sampling.eos_id)
         trunk, hidden_size = prepare(model).base_model, model.config.hidden_size
     critic = Critic(trunk, hidden_size, mean_reward).to(runtime.device).train()
-    return Actors(policy, ref_policy, critic, sampling, args.micro_batch_size, runtime)
+    return Actors(policy, ref_policy, critic, sampling, runtime)
 
 
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     say(runtime.notice)
-    flag, sft_path = "--sft_model_path", args.sft_model_path
-    inputs = {flag: sft_path, "--data_dir": args.data_dir}
-    if not args.reward_fn:
+    say(changed_since_written(args.data_dir))
+    inputs = {"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir}
+    if args.reward_fn:
+        inputs["--reward_fn"] = args.reward_fn.rpartition(":")[0]
+    else:
         inputs["--rm_model_path"] = args.rm_model_path
-    folder = RunFolder(
+    with RunFolder(
         args.ckpt_dir,
         stage="ppo",
         inputs=inputs,
         arguments=vars(args),
         data=fingerprint(args.data_dir),
         resume=args.resume,
-    )
+        keep=args.keep,
+    ) as folder:
+        if folder.standing == "finished":
+            say(folder.finished_line())
+        else:
+            train(args, runtime, folder)
+
+
+def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
+    flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
     if args.reward_fn:
         score = score_by_function(args.reward_fn)
     else:
         reward_facts = check_reward_model(args, tokenizer)
-    train = load_prompts(args, tokenizer, "train", args.max_samples)
+    prompts = load_prompts(args, tokenizer, "train", args.max_samples)
     heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
+    room = Room(args.micro_batch_size)
     eos_id, mean_reward = tokenizer.eos_token_id, 0.0
     if not args.reward_fn:
         reward_model = load_reward(args, runtime.device, eos_id)
-        size, mean_reward = args.micro_batch_size, reward_facts.reward_mean
-        score = score_by_model(reward_model, reward_facts, runtime=runtime, micro_batch_size=size)
+        mean_reward = reward_facts.reward_mean
+        score = score_by_model(reward_model, reward_facts, runtime=runtime, room=room)
     sampling = Sampling(
         do_sampling=args.do_sampling,
         temperature=args.temperature,
@@ -237,14 +261,15 @@ def main(args: argparse.Namespace) -> None:
     set_generation_defaults(policy, tokenizer, **sampling.generation_config())
 
     plan = plan_epochs(
-        [len(ids) for ids in train.ids],
+        [len(ids) for ids in prompts.ids],
         args.batch_size,
         num_epochs=args.num_outer_epoch,
         max_steps=args.max_steps,
         seed=args.seed,
     )
+    judge = partial(evaluate, args, actors, tokenizer, score, heldout)
     # Whatever may fail does so here, before an earlier run is moved away.
-    untrained = evaluate(args, actors, tokenizer, score, heldout)
+    untrained = None if folder.standing == "stopped" else judge(room)
     say(decoder_name(policy))
     say(warn_of_little_exploration(args))
     say(folder.start())
@@ -255,67 +280,63 @@ def main(args: argparse.Namespace) -> None:
         report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
         console=CONSOLE,
     )
-    metrics.add_epoch(0, untrained)
-    if args.reward_fn:
-        torch.nn.init.constant_(critic.head.bias, untrained["eval_scores"])
     schedules = build_schedules(args, policy, critic, plan)
-
-    for epoch, batches in enumerate(plan, start=1):
-        for rows, progress in batches:
-            # 1 rollout: write a response to each prompt
-            noise_key = (args.seed, metrics.step + 1)
-            rollout, responses = roll_out(actors, tokenizer, train, rows, noise_key=noise_key)
-            mask = rollout.batch.response_mask  # (B, R)
-            # 2 score: judge whole responses; one that did not end by itself pays for it
-            texts = [train.texts[row] for row in rows]
-            scores = score_responses(args, score, texts, responses, rollout)  # (B,)
-            # 3 reward: the score on the last token, the KL penalty on every token
-            numbers = token_numbers(actors, rollout)  # (B, R) each
-            if metrics.step == 0:
-                check_ratio_is_one(actors, rollout, numbers)
-            rewards = token_rewards(
-                scores, numbers.kl, mask, beta=args.beta, max_kl_div=args.max_kl_div
-            )  # (B, R)
-            # 4 advantage: how much better than the critic expected, in units of its spread
-            advantages, returns = gae(
-                rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
-            )  # (B, R) each
-            advantages = masked_whiten(advantages, mask)
-            # 5 update: several passes of clipped gradient steps over the rollout
-            learning_rate = schedules[0].get_last_lr()[0]
-            updates = update(
-                args,
-                actors,
-                schedules,
-                rollout,
-                numbers,
-                advantages,
-                returns,
-                step=metrics.step + 1,
-                names=rows,
-            )
-            # 6 report
-            report = {
-                **rollout_metrics(scores, rewards, numbers, mask, rollout.ended),
-                **updates,
-                "guarded_kl": masked_mean((numbers.kl.abs() > args.max_kl_div).float(), mask),
-                "explained_variance": explained_variance(numbers.values, returns, mask),
-                "lr": learning_rate,
-            }
-            num_tokens = sum(len(train.ids[row]) for row in rows) + int(mask.sum())
-            if metrics.add(report, epoch=progress, num_tokens=num_tokens):
-                kl = numbers.kl.sum(dim=1)  # (B,) nats
-                show_samples(texts, responses, scores.tolist(), kl.tolist())
-        results = evaluate(args, actors, tokenizer, score, heldout)
-        folder.save_epoch(
-            policy,
-            tokenizer,
-            epoch=epoch,
-            figure=f"reward={results['eval_scores']:.2f}",
-            objective=-results["eval_objective"],
-            facts={"metrics": results},
-        )
-        metrics.add_epoch(epoch, results)
+    with Progress(
+        folder,
+        plan,
+        modules={"policy": policy, "critic": critic},
+        schedules=schedules,
+        metrics=metrics,
+        room=room,
+        save_every=args.save_every,
+    ) as progress:
+        if not metrics.rows:
+            metrics.add_epoch(0, untrained or judge(room))
+            if args.reward_fn:
+                torch.nn.init.constant_(critic.head.bias, metrics.rows[0]["eval_scores"])
+        for epoch, batches in progress.left():
+            for rows, done in batches:
+                # 1 to 4: rollout, score, reward, advantage
+                experience = Experience.of(progress.carried) or gather(
+                    args, actors, tokenizer, prompts, score, schedules, progress, rows
+                )
+                # 5 update: several passes of clipped gradient steps over the rollout
+                updates = update(args, actors, schedules, progress, experience, names=rows)
+                # 6 report
+                rollout, numbers, mask = experience.rollout, experience.numbers, experience.mask
+                guarded = (numbers.kl.abs() > args.max_kl_div).float()
+                report = {
+                    **rollout_metrics(experience.scores, experience.rewards, numbers, rollout),
+                    **updates,
+                    "guarded_kl": masked_mean(guarded, mask),
+                    "explained_variance": explained_variance(
+                        numbers.values, experience.returns, mask
+                    ),
+                    "lr": experience.learning_rate,
+                }
+                num_tokens = sum(len(prompts.ids[row]) for row in rows)
+                num_tokens += int(mask.sum())
+                with progress.whole():
+                    progress.carried = {}
+                    is_logged = metrics.add(report, epoch=done, num_tokens=num_tokens)
+                if is_logged:
+                    show_samples(
+                        [prompts.texts[row] for row in rows],
+                        decode_responses(tokenizer, rollout),
+                        experience.scores.tolist(),
+                        numbers.kl.sum(dim=1).tolist(),  # (B,) nats
+                    )
+            results = progress.fitting(judge)
+            with progress.whole():
+                folder.save_epoch(
+                    policy,
+                    tokenizer,
+                    epoch=epoch,
+                    figure=f"reward={results['eval_scores']:.2f}",
+                    objective=-results["eval_objective"],
+                    facts={"metrics": results},
+                )
+                metrics.add_epoch(epoch, results)
     metrics.finish(
         [
             ["objective/scores", "eval_scores"],
@@ -328,16 +349,53 @@ def main(args: argparse.Namespace) -> None:
         best=folder.path / "best",
         next_step="README.md, 'Using the checkpoints': five lines that answer",
     )
+    folder.finish()
+
+
+def gather(
+    args: argparse.Namespace,
+    actors: Actors,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    score: Scorer,
+    schedules: list[LambdaLR],
+    progress: Progress,
+    rows: list[int],
+) -> Experience:
+    """Let the policy answer a batch of prompts, and judge every token of what it wrote."""
+    step = progress.metrics.step + 1
+    # 1 rollout: write a response to each prompt
+    write = partial(roll_out, actors, [prompts.ids[row] for row in rows], rows, (args.seed, step))
+    rollout = progress.fitting(write)
+    mask = rollout.batch.response_mask  # (B, R)
+    # 2 score: judge whole responses; one that did not end by itself pays for it
+    texts = [prompts.texts[row] for row in rows]
+    scores = score_responses(args, score, tokenizer, texts, rollout)  # (B,)
+    # 3 reward: the score on the last token, the KL penalty on every token
+    numbers = progress.fitting(partial(token_numbers, actors, rollout))  # (B, R) each
+    if step == 1:
+        progress.fitting(partial(check_ratio_is_one, actors, rollout, numbers))
+    rewards = token_rewards(
+        scores, numbers.kl, mask, beta=args.beta, max_kl_div=args.max_kl_div
+    )  # (B, R)
+    # 4 advantage: how much better than the critic expected, in units of its spread
+    advantages, returns = gae(
+        rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
+    )  # (B, R) each
+    advantages = masked_whiten(advantages, mask)
+    learning_rate = torch.tensor(schedules[0].get_last_lr()[0], dtype=torch.float64)
+    return Experience(rollout, numbers, scores, rewards, advantages, returns, learning_rate)
 
 
 def score_responses(
     args: argparse.Namespace,
     score: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
-    responses: list[str],
     rollout: Rollout,
 ) -> Tensor:  # (B,)
     """Score responses; one that was cut off stays as it is and pays `missing_eos_penalty`."""
+    responses = decode_responses(tokenizer, rollout)
     scores = score(prompts, responses, rollout.batch, rollout.ended)
     return scores - args.missing_eos_penalty * (~rollout.ended).float()
 
@@ -366,22 +424,15 @@ def build_schedules(
 
 
 def token_terms(
-    args: argparse.Namespace,
-    actors: Actors,
-    rollout: Rollout,
-    rows: Tensor,
-    batch: Batch,
-    old: Numbers,
-    advantages: Tensor,
-    returns: Tensor,
+    args: argparse.Namespace, actors: Actors, experience: Experience, rows: Tensor, batch: Batch
 ) -> dict[str, Tensor]:  # (B, R) each
     """Losses and diagnostics of a micro-batch, which holds these rows of the rollout."""
     here = (rows, slice(batch.response_ids.shape[1]))
-    logprobs, values = policy_forward(actors, rollout, rows, batch)
-    policy_losses = ppo_policy_loss(
-        logprobs, old.logprobs[here], advantages[here], epsilon=args.epsilon
-    )
-    value_losses = value_loss(values, old.values[here], returns[here], value_clip=args.value_clip)
+    old = experience.numbers
+    advantages, returns = experience.advantages[here], experience.returns[here]
+    logprobs, values = policy_forward(actors, experience.rollout, rows, batch)
+    policy_losses = ppo_policy_loss(logprobs, old.logprobs[here], advantages, epsilon=args.epsilon)
+    value_losses = value_loss(values, old.values[here], returns, value_clip=args.value_clip)
     with torch.no_grad():
         log_ratio = logprobs - old.logprobs[here]
         ratio = log_ratio.exp()
@@ -389,61 +440,72 @@ def token_terms(
         "loss/policy_avg": policy_losses,
         "loss/value_avg": value_losses,
         "policy/approxkl_avg": 0.5 * log_ratio.square(),
-        "policy/clipfrac_avg": (policy_losses > -ratio * advantages[here]).float(),
+        "policy/clipfrac_avg": (policy_losses > -ratio * advantages).float(),
         "val/ratio": ratio,
-        "val/clipfrac_avg": (value_losses > 0.5 * (values - returns[here]).square()).float(),
+        "val/clipfrac_avg": (value_losses > 0.5 * (values - returns).square()).float(),
     }
+
+
+def add_gradient(
+    args: argparse.Namespace,
+    actors: Actors,
+    experience: Experience,
+    minibatch: list[int],
+    room: Room,
+) -> dict[str, Tensor]:
+    """Add the gradient of a minibatch to the weights'; returns means over its tokens.
+
+    How it is cut into micro-batches changes nothing.
+    """
+    num_tokens = experience.mask[minibatch].sum()
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=num_tokens.device))
+    for rows, batch in micro_batches_by_length(experience.rollout.batch, minibatch, room):
+        terms = token_terms(args, actors, experience, rows, batch)
+        means = {name: masked_sum(x, batch.response_mask) / num_tokens for name, x in terms.items()}
+        loss = means["loss/policy_avg"] + args.value_loss_coeff * means["loss/value_avg"]
+        loss.backward()
+        for name, mean in {**means, "loss": loss}.items():
+            totals[name] = totals[name] + mean.detach()
+    return dict(totals)
 
 
 def update(
     args: argparse.Namespace,
     actors: Actors,
     schedules: list[LambdaLR],
-    rollout: Rollout,
-    old: Numbers,
-    advantages: Tensor,  # (B, R)
-    returns: Tensor,  # (B, R)
+    progress: Progress,
+    experience: Experience,
     *,
-    step: int,
     names: Sequence[int],  # (B,)  what the prompts are called if something goes wrong
 ) -> dict[str, Tensor]:
     """Take the optimiser steps of one rollout; returns the means of what was seen on the way.
 
-    A mean runs over the tokens of a minibatch: how it is cut into micro-batches changes nothing.
+    Each step is a whole one: a run that is stopped in between goes on with the next.
     """
-    mask = rollout.batch.response_mask
-    num_rows, totals, num_steps = len(mask), defaultdict(list), 0
-    actors.policy.train()  # without dropout, this does nothing but allow gradient checkpointing
+    step, size = progress.metrics.step + 1, len(experience.mask)
+    minibatches: list[list[int]] = []
     for inner_epoch in range(args.num_inner_epoch):
         rng = random.Random(f"{args.seed}/{step}/{inner_epoch}")
-        shuffled = rng.sample(range(num_rows), num_rows)
-        for start in range(0, num_rows, args.minibatch_size or num_rows):
-            minibatch = shuffled[start : start + (args.minibatch_size or num_rows)]
-            num_tokens = mask[minibatch].sum()
-            loss = torch.zeros((), device=mask.device)
-            parts = micro_batches_by_length(rollout.batch, minibatch, args.micro_batch_size)
-            for rows, batch in parts:
-                terms = token_terms(args, actors, rollout, rows, batch, old, advantages, returns)
-                means = {
-                    name: masked_sum(x, batch.response_mask) / num_tokens
-                    for name, x in terms.items()
-                }
-                value_part = args.value_loss_coeff * means["loss/value_avg"]
-                part_loss = means["loss/policy_avg"] + value_part
-                part_loss.backward()
-                loss += part_loss.detach()
-                for name, mean in means.items():
-                    totals[name].append(mean.detach())
-            grad_norm = optimizer_step(
+        shuffled, most = rng.sample(range(size), size), args.minibatch_size or size
+        minibatches += [shuffled[start : start + most] for start in range(0, size, most)]
+    seen = {name: [*x] for name, x in progress.carried.items() if name in UPDATE_METRICS}
+    num_done = len(seen.get("grad_norm", []))
+    actors.policy.train()  # without dropout, this does nothing but allow gradient checkpointing
+    for minibatch in minibatches[num_done:]:
+        means = progress.fitting(partial(add_gradient, args, actors, experience, minibatch))
+        with progress.whole():
+            means["grad_norm"] = optimizer_step(
                 schedules,
-                loss,
+                means.pop("loss"),
                 max_gradient_norm=args.max_gradient_norm,
                 where=f"rollout {step}, prompts {[names[i] for i in minibatch]}",
             )
-            totals["grad_norm"].append(grad_norm)
-            num_steps += 1
+            for name, mean in means.items():
+                seen.setdefault(name, []).append(mean)
+            so_far = {name: torch.stack(values) for name, values in seen.items()}
+            progress.carried = {**experience.tensors(), **so_far}
     actors.policy.eval()
-    return {name: torch.stack(parts).sum() / num_steps for name, parts in totals.items()}
+    return {name: torch.stack(seen[name]).mean() for name in UPDATE_METRICS}
 
 
 @torch.no_grad()
@@ -453,6 +515,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     score: Scorer,
     heldout: Prompts,
+    room: Room,
 ) -> dict[str, float]:
     """Judge the policy on fixed prompts with fixed noise: score, KL, and their balance."""
     actors = actors._replace(critic=None)
@@ -460,10 +523,10 @@ def evaluate(
     for start in range(0, len(heldout.ids), EVAL_BATCH):
         rows = range(len(heldout.ids))[start : start + EVAL_BATCH]
         noise_key = (args.seed, 0)  # no training step has this one
-        rollout, responses = roll_out(actors, tokenizer, heldout, rows, noise_key=noise_key)
+        rollout = roll_out(actors, [heldout.ids[row] for row in rows], rows, noise_key, room)
         texts = [heldout.texts[row] for row in rows]
-        scores = score_responses(args, score, texts, responses, rollout)
-        kl = token_numbers(actors, rollout).kl.sum(dim=1)
+        scores = score_responses(args, score, tokenizer, texts, rollout)
+        kl = token_numbers(actors, rollout, room).kl.sum(dim=1)
         lengths = rollout.batch.response_mask.sum(dim=1)
         columns.append(torch.stack((scores, kl, lengths, rollout.ended)))
     scores, kl, lengths, ended = torch.cat(columns, dim=1)  # (B,) each
@@ -480,8 +543,10 @@ def warn_of_little_exploration(args: argparse.Namespace) -> str:
     """Say what sampling settings do to PPO, where they do much."""
     if not args.do_sampling:
         return "note: --do_sampling=false: greedy responses explore nothing; PPO can learn little"
+    if args.top_k == 1:
+        return "note: --top_k=1 leaves nothing to choose: every ratio is 1, and PPO learns nothing"
     if args.top_p < 1 and args.top_k == 0:
-        return "note: --top_p without --top_k may keep thousands of ids of every token in memory"
+        return "note: --top_p without --top_k may keep thousands of ids of a token in memory"
     if args.temperature < 0.5:
         return (
             f"note: --temperature={args.temperature:g} explores little: the policy can hardly"

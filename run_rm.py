@@ -12,7 +12,8 @@ longer response: a model that stays below it has learned less than a ruler knows
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import combinations
+from functools import partial
+from itertools import chain, combinations
 from pathlib import Path
 
 import torch
@@ -31,8 +32,7 @@ from rlhf.arguments import (
     seed,
     share,
 )
-from rlhf.batches import build_batch, micro_batches, plan_epochs, sample_length
-from rlhf.checkpoints import RunFolder
+from rlhf.batches import Room, build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.errors import InputError, run_script
 from rlhf.evaluation import pair_accuracy, spearman
 from rlhf.losses import pairwise_reward_loss, regression_reward_loss
@@ -45,8 +45,10 @@ from rlhf.models import (
     reward_logits,
 )
 from rlhf.optim import build_schedule, optimizer_step
-from rlhf.records import SCORED, fingerprint, read_split, score_scale
+from rlhf.records import SCORED, changed_since_written, fingerprint, read_split, score_scale
+from rlhf.resume import Progress
 from rlhf.rewards import pairwise_reward, regression_reward, target_rewards
+from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, start_runtime, start_trackers
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
@@ -128,21 +130,30 @@ class Responses:
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     say(runtime.notice)
-    flag, sft_path = "--sft_model_path", args.sft_model_path
-    folder = RunFolder(
+    say(changed_since_written(args.data_dir))
+    with RunFolder(
         args.ckpt_dir,
         stage="rm",
-        inputs={flag: sft_path, "--data_dir": args.data_dir},
+        inputs={"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir},
         arguments=vars(args),
         data=fingerprint(args.data_dir),
         resume=args.resume,
-    )
+        keep=args.keep,
+    ) as folder:
+        if folder.standing == "finished":
+            say(folder.finished_line())
+        else:
+            train(args, runtime, folder)
+
+
+def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
+    flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    train = Responses(args, tokenizer, "train", args.max_samples)
+    responses = Responses(args, tokenizer, "train", args.max_samples)
     heldout = Responses(args, tokenizer, "eval", 0)
     pairwise = args.loss == "pairwise"
     # An item is what --batch_size counts: one response, or a pair of them, as row numbers.
-    items = train.pairs() if pairwise else [(row,) for row in range(len(train.samples))]
+    items = responses.pairs() if pairwise else [(row,) for row in range(len(responses.samples))]
     if pairwise and not (items and heldout.pairs()):
         raise InputError(f"--loss=pairwise: {args.data_dir} has no two scores for one prompt")
 
@@ -153,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
     prepare_training(
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
-    lengths = [max(train.lengths[row] for row in item) for item in items]
+    lengths = [max(responses.lengths[row] for row in item) for item in items]
     plan = plan_epochs(
         lengths,
         args.batch_size,
@@ -176,53 +187,51 @@ def main(args: argparse.Namespace) -> None:
         report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
         console=["loss", "grad_norm", "lr"],
     )
-    results, reward = evaluate(model, heldout, eos_id, args, runtime)
-    say("eval_accuracy: over {num_pairs} pairs of responses; {num_ties} tie".format(**reward))
-    metrics.add_epoch(0, results)
-
-    for epoch, batches in enumerate(plan, start=1):
-        model.train()
-        for batch, progress in batches:
-            loss = torch.zeros((), device=runtime.device)
-            for part in micro_batches(
-                [lengths[item] for item in batch],
-                args.micro_batch_size,
-                sequences_per_row=2 if pairwise else 1,
-            ):
-                # Pairs come as all better ones, then all worse ones.
-                columns = zip(*(items[item] for item in batch[part]), strict=True)
-                rows = [row for column in columns for row in column]
-                logits = score_rows(model, train, rows, eos_id, runtime)
-                if pairwise:
-                    losses = pairwise_reward_loss(*logits.chunk(2))
-                else:
-                    rewards = regression_reward(logits, max_reward=args.max_reward)
-                    losses = regression_reward_loss(rewards, train.targets[rows].to(logits.device))
-                part_loss = losses.sum() / len(batch)
-                part_loss.backward()
-                loss += part_loss.detach()
-            learning_rate = schedule.get_last_lr()[0]
-            grad_norm = optimizer_step(
-                [schedule],
-                loss,
-                max_gradient_norm=args.max_gradient_norm,
-                where=f"step {metrics.step + 1}, rows {[items[item] for item in batch]}",
-            )
-            metrics.add(
-                {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
-                epoch=progress,
-                num_tokens=sum(train.lengths[row] for item in batch for row in items[item]),
-            )
-        results, reward = evaluate(model, heldout, eos_id, args, runtime)
-        folder.save_epoch(
-            model,
-            tokenizer,
-            epoch=epoch,
-            figure=f"loss={results['eval_loss']:.4f}",
-            objective=results["eval_loss"],
-            facts={"metrics": results, "reward": reward},
-        )
-        metrics.add_epoch(epoch, results)
+    with Progress(
+        folder,
+        plan,
+        modules={"model": model},
+        schedules=[schedule],
+        metrics=metrics,
+        room=Room(args.micro_batch_size),
+        save_every=args.save_every,
+    ) as progress:
+        judge = partial(evaluate, args, model, heldout, eos_id, runtime)
+        if not metrics.rows:
+            results, reward = progress.fitting(judge)
+            num_pairs, num_ties = reward["num_pairs"], reward["num_ties"]
+            say(f"eval_accuracy: over {num_pairs} pairs of responses; {num_ties} tie")
+            metrics.add_epoch(0, results)
+        add = partial(add_gradient, args, model, responses, eos_id, runtime)
+        for epoch, batches in progress.left():
+            model.train()
+            for batch, done in batches:
+                here = [items[item] for item in batch]
+                loss = progress.fitting(partial(add, here))
+                learning_rate = schedule.get_last_lr()[0]
+                with progress.whole():
+                    grad_norm = optimizer_step(
+                        [schedule],
+                        loss,
+                        max_gradient_norm=args.max_gradient_norm,
+                        where=f"step {metrics.step + 1}, rows {here}",
+                    )
+                    metrics.add(
+                        {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
+                        epoch=done,
+                        num_tokens=sum(responses.lengths[row] for rows in here for row in rows),
+                    )
+            results, reward = progress.fitting(judge)
+            with progress.whole():
+                folder.save_epoch(
+                    model,
+                    tokenizer,
+                    epoch=epoch,
+                    figure=f"loss={results['eval_loss']:.4f}",
+                    objective=results["eval_loss"],
+                    facts={"metrics": results, "reward": reward},
+                )
+                metrics.add_epoch(epoch, results)
     metrics.finish(
         [["loss", "eval_loss"], ["eval_accuracy", "longer_is_better"], ["eval_spearman"]],
         best=folder.path / "best",
@@ -235,6 +244,34 @@ def main(args: argparse.Namespace) -> None:
             max_reward=(args.max_reward, 5.0),
         ),
     )
+    folder.finish()
+
+
+def add_gradient(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    responses: Responses,
+    eos_id: int,
+    runtime: Runtime,
+    items: list[tuple[int, ...]],
+    room: Room,
+) -> Tensor:
+    """Add the gradient of an optimisation batch to the weights'; returns its loss."""
+    loss = torch.zeros((), device=runtime.device)
+    lengths = [max(responses.lengths[row] for row in item) for item in items]
+    for part in micro_batches(lengths, room, sequences_per_row=len(items[0])):
+        # Pairs come as all better ones, then all worse ones.
+        rows = list(chain.from_iterable(zip(*items[part], strict=True)))
+        logits = score_rows(model, responses, rows, eos_id, runtime)
+        if args.loss == "pairwise":
+            losses = pairwise_reward_loss(*logits.chunk(2))
+        else:
+            rewards = regression_reward(logits, max_reward=args.max_reward)
+            losses = regression_reward_loss(rewards, responses.targets[rows].to(logits.device))
+        part_loss = losses.sum() / len(items)
+        part_loss.backward()
+        loss += part_loss.detach()
+    return loss
 
 
 def score_rows(
@@ -247,11 +284,12 @@ def score_rows(
 
 @torch.no_grad()
 def evaluate(
+    args: argparse.Namespace,
     model: PreTrainedModel,
     heldout: Responses,
     eos_id: int,
-    args: argparse.Namespace,
     runtime: Runtime,
+    room: Room,
 ) -> tuple[dict[str, float], dict[str, object]]:
     """Judge the model on held-out responses; returns metrics, and what PPO must know of it.
 
@@ -261,7 +299,7 @@ def evaluate(
     model.eval()
     logits = torch.zeros(len(heldout.samples), device=runtime.device)
     order = sorted(range(len(heldout.samples)), key=heldout.lengths.__getitem__)
-    for part in micro_batches([heldout.lengths[row] for row in order], args.micro_batch_size):
+    for part in micro_batches([heldout.lengths[row] for row in order], room):
         rows = order[part]
         logits[rows] = score_rows(model, heldout, rows, eos_id, runtime)
     logits = logits.cpu()

@@ -12,6 +12,7 @@ before that.
 import argparse
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +30,7 @@ from rlhf.arguments import (
     seed,
     share,
 )
-from rlhf.batches import Batch, build_batch, micro_batches, plan_epochs, sample_length
-from rlhf.checkpoints import RunFolder
+from rlhf.batches import Batch, Room, build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.errors import run_script
 from rlhf.logprobs import token_logprobs
 from rlhf.masked import masked_sum
@@ -44,7 +44,9 @@ from rlhf.models import (
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
-from rlhf.records import SCORED, fingerprint, read_split
+from rlhf.records import SCORED, changed_since_written, fingerprint, read_split
+from rlhf.resume import Progress
+from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, start_runtime, start_trackers
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
@@ -103,18 +105,28 @@ def load_samples(
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     say(runtime.notice)
-    folder = RunFolder(
+    say(changed_since_written(args.data_dir))
+    with RunFolder(
         args.ckpt_dir,
         stage="sft",
         inputs={"--model_id": args.model_id, "--data_dir": args.data_dir},
         arguments=vars(args),
         data=fingerprint(args.data_dir),
         resume=args.resume,
-    )
+        keep=args.keep,
+    ) as folder:
+        if folder.standing == "finished":
+            say(folder.finished_line())
+        else:
+            train(args, runtime, folder)
+
+
+def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
     tokenizer = load_tokenizer(
         args.model_id, flag="--model_id", kind=LANGUAGE_MODEL, max_len=args.max_len
     )
-    train = load_samples(args, tokenizer, "train", args.max_samples)
+    eos_id = tokenizer.eos_token_id
+    samples = load_samples(args, tokenizer, "train", args.max_samples)
     heldout = load_samples(args, tokenizer, "eval", 0)
 
     model = load_policy(
@@ -124,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     set_generation_defaults(model, tokenizer)
-    lengths = [sample_length(sample) for sample in train]
+    lengths = [sample_length(sample) for sample in samples]
     plan = plan_epochs(
         lengths,
         args.batch_size,
@@ -147,40 +159,47 @@ def main(args: argparse.Namespace) -> None:
         report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
         console=["loss", "grad_norm", "lr"],
     )
-    metrics.add_epoch(0, evaluate(model, heldout, tokenizer.eos_token_id, args, runtime))
-
-    for epoch, batches in enumerate(plan, start=1):
-        model.train()
-        for rows, progress in batches:
-            num_tokens = sum(len(train[row].response_ids) for row in rows)
-            loss = torch.zeros((), device=runtime.device)
-            for part in micro_batches([lengths[row] for row in rows], args.micro_batch_size):
-                batch = build_batch([train[row] for row in rows[part]], tokenizer.eos_token_id)
-                part_loss = summed_loss(model, batch.to(runtime.device), runtime) / num_tokens
-                part_loss.backward()
-                loss += part_loss.detach()
-            learning_rate = schedule.get_last_lr()[0]
-            grad_norm = optimizer_step(
-                [schedule],
-                loss,
-                max_gradient_norm=args.max_gradient_norm,
-                where=f"step {metrics.step + 1}, rows {rows}",
-            )
-            metrics.add(
-                {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
-                epoch=progress,
-                num_tokens=sum(lengths[row] for row in rows),
-            )
-        results = evaluate(model, heldout, tokenizer.eos_token_id, args, runtime)
-        folder.save_epoch(
-            model,
-            tokenizer,
-            epoch=epoch,
-            figure=f"loss={results['eval_loss']:.4f}",
-            objective=results["eval_loss"],
-            facts={"metrics": results},
-        )
-        metrics.add_epoch(epoch, results)
+    with Progress(
+        folder,
+        plan,
+        modules={"model": model},
+        schedules=[schedule],
+        metrics=metrics,
+        room=Room(args.micro_batch_size),
+        save_every=args.save_every,
+    ) as progress:
+        judge = partial(evaluate, model, heldout, eos_id, runtime)
+        if not metrics.rows:
+            metrics.add_epoch(0, progress.fitting(judge))
+        for epoch, batches in progress.left():
+            model.train()
+            for rows, done in batches:
+                batch = [samples[row] for row in rows]
+                loss = progress.fitting(partial(add_gradient, model, batch, eos_id, runtime))
+                learning_rate = schedule.get_last_lr()[0]
+                with progress.whole():
+                    grad_norm = optimizer_step(
+                        [schedule],
+                        loss,
+                        max_gradient_norm=args.max_gradient_norm,
+                        where=f"step {metrics.step + 1}, rows {rows}",
+                    )
+                    metrics.add(
+                        {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
+                        epoch=done,
+                        num_tokens=sum(lengths[row] for row in rows),
+                    )
+            results = progress.fitting(judge)
+            with progress.whole():
+                folder.save_epoch(
+                    model,
+                    tokenizer,
+                    epoch=epoch,
+                    figure=f"loss={results['eval_loss']:.4f}",
+                    objective=results["eval_loss"],
+                    facts={"metrics": results},
+                )
+                metrics.add_epoch(epoch, results)
     metrics.finish(
         [["loss", "eval_loss"], ["grad_norm"], ["lr"]],
         best=folder.path / "best",
@@ -191,6 +210,21 @@ def main(args: argparse.Namespace) -> None:
             max_len=(args.max_len, 1024),
         ),
     )
+    folder.finish()
+
+
+def add_gradient(
+    model: PreTrainedModel, samples: list[Sample], pad_id: int, runtime: Runtime, room: Room
+) -> Tensor:
+    """Add the gradient of an optimisation batch to the weights'; returns its loss."""
+    num_tokens = sum(len(sample.response_ids) for sample in samples)
+    loss = torch.zeros((), device=runtime.device)
+    for part in micro_batches([sample_length(sample) for sample in samples], room):
+        batch = build_batch(samples[part], pad_id).to(runtime.device)
+        part_loss = summed_loss(model, batch, runtime) / num_tokens
+        part_loss.backward()
+        loss += part_loss.detach()
+    return loss
 
 
 def summed_loss(model: PreTrainedModel, batch: Batch, runtime: Runtime) -> Tensor:
@@ -209,15 +243,15 @@ def evaluate(
     model: PreTrainedModel,
     samples: list[Sample],
     pad_id: int,
-    args: argparse.Namespace,
     runtime: Runtime,
+    room: Room,
 ) -> dict[str, float]:
     """Mean loss of a response token on held-out rows, and its exponential."""
     model.eval()
     lengths = [sample_length(sample) for sample in samples]
     order = sorted(range(len(samples)), key=lengths.__getitem__)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for part in micro_batches([lengths[row] for row in order], args.micro_batch_size):
+    for part in micro_batches([lengths[row] for row in order], room):
         batch = build_batch([samples[row] for row in order[part]], pad_id)
         total += summed_loss(model, batch.to(runtime.device), runtime)
     loss = float(total) / sum(len(sample.response_ids) for sample in samples)

@@ -20,8 +20,11 @@
     losses       one function for each equation
     optim        the optimiser, its schedule and one step of it
     evaluation   how well scores rank responses
-    checkpoints  epoch folders, `best`, `run.json`, resume state
+    disk         what appears on it whole or not at all; one writer for a folder
+    checkpoints  folders that other tools load, and `run.json`
+    run_folder   one run of a stage: what it was made from, its checkpoints, `best`
     metrics      console, metrics.jsonl, trackers, training.png
+    resume       what a stopped run goes on from, and how it is stopped
     runtime      device, precision, seeds
     arguments    argument types and checks
     errors       the two exceptions that end a script in one line

@@ -153,13 +153,13 @@ def add_training_arguments(
         parser,
         "--gradient_checkpointing",
         default=False,
-        help="compute activations again in the backward pass: less memory, a third more time",
+        help="compute activations again in the backward pass: less memory, more time",
     )
     add_boolean(
         parser,
         "--compile",
         default=False,
-        help="run the model through torch.compile: a minute of start-up, faster steps",
+        help="run the model through torch.compile: slow first steps, faster ones on a GPU",
     )
     parser.add_argument(
         "--max_gradient_norm",
@@ -182,5 +182,17 @@ def add_training_arguments(
         "--resume",
         choices=("auto", "never", "must"),
         default="auto",
-        help="auto, never: start afresh; must: stop, as no run can be continued yet",
+        help="auto: go on with a run that was stopped; never: start afresh; must: go on, or fail",
+    )
+    parser.add_argument(
+        "--save_every",
+        type=positive,
+        default=10.0,
+        help="minutes between states that a stopped run can go on from",
+    )
+    parser.add_argument(
+        "--keep",
+        type=count,
+        default=0,
+        help="checkpoints to keep: the newest so many, and the best (0 = all)",
     )

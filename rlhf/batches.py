@@ -10,7 +10,28 @@ from torch import Tensor
 from rlhf.tokens import Sample
 
 TOKENS_PER_FORWARD = 8192  # padding included; what `--micro_batch_size=0` aims at
+LEAST_TOKENS = 128  # a room with fewer holds no two real sequences
 SORTING_WINDOW = 32  # batches that are sorted by length together
+
+
+class Room(NamedTuple):
+    """How much one forward may take: so many sequences, or, if that is 0, so many tokens."""
+
+    sequences: int
+    tokens: int = TOKENS_PER_FORWARD
+
+    def halved(self) -> "Room | None":
+        """Give the next smaller room; None if it would be too small for anything.
+
+        >>> Room(2).halved(), Room(1).halved()
+        (Room(sequences=1, tokens=8192), None)
+        """
+        if self.sequences:
+            return Room(self.sequences // 2, self.tokens) if self.sequences > 1 else None
+        return Room(0, self.tokens // 2) if self.tokens > LEAST_TOKENS else None
+
+    def __str__(self) -> str:
+        return f"{self.sequences} sequences" if self.sequences else f"{self.tokens} tokens"
 
 
 class Batch(NamedTuple):
@@ -144,28 +165,22 @@ def plan_epochs(
     return plan
 
 
-def micro_batches(
-    lengths: Sequence[int],
-    micro_batch_size: int,
-    *,
-    sequences_per_row: int = 1,
-    tokens: int = TOKENS_PER_FORWARD,
-) -> list[slice]:
+def micro_batches(lengths: Sequence[int], room: Room, *, sequences_per_row: int = 1) -> list[slice]:
     """Cut rows of these lengths into slices of what one forward takes; a pair is two sequences.
 
-    `micro_batch_size` counts sequences. 0 takes as many as hold at most `tokens`, padding included:
-    a choice by shape alone, so that it is the same in every run. A slice has at least one row.
+    Tokens count with their padding: a choice by shape alone, so that it is the same in every run.
+    A slice has at least one row.
 
-    >>> micro_batches([100] * 5, 2)
+    >>> micro_batches([100] * 5, Room(2))
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    >>> micro_batches([100, 4000, 4096, 1], 0)
+    >>> micro_batches([100, 4000, 4096, 1], Room(0))
     [slice(0, 2, None), slice(2, 4, None)]
     """
     slices, start, longest = [], 0, 0
     for row, length in enumerate(lengths):
         longest = max(longest, length)
         sequences = (row + 1 - start) * sequences_per_row
-        most = micro_batch_size or tokens // max(longest, 1)
+        most = room.sequences or room.tokens // max(longest, 1)
         if sequences > most and row > start:
             slices.append(slice(start, row))
             start, longest = row, length
@@ -189,13 +204,13 @@ def of_similar_length(lengths: Sequence[int]) -> list[slice]:
 
 
 def micro_batches_by_length(
-    batch: Batch, rows: Sequence[int], micro_batch_size: int
+    batch: Batch, rows: Sequence[int], room: Room
 ) -> list[tuple[Tensor, Batch]]:
     """Cut rows of a batch into micro-batches of similar length, each without needless columns."""
     lengths = batch.mask.sum(dim=1).tolist()
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     parts = [
         torch.tensor(ordered[part], device=batch.mask.device)
-        for part in micro_batches([lengths[row] for row in ordered], micro_batch_size)
+        for part in micro_batches([lengths[row] for row in ordered], room)
     ]
     return [(part, batch.select(part)) for part in parts]

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+DIVERGED = "A lower --learning_rate or --dtype=float32 may help"
+
 
 class InputError(Exception):
     """The user's arguments, files or rows cannot be used. The script ends with exit code 2.
@@ -17,6 +19,13 @@ class RunError(Exception):
     """The run itself failed: a loss that is not finite, a full disk. Exit code 1."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out; torch has no class for it on the CPU."""
+    is_cuda = type(error).__name__ == "OutOfMemoryError"
+    on_cpu = ("can't allocate memory", "not enough memory")
+    return is_cuda or isinstance(error, MemoryError) or any(x in str(error) for x in on_cpu)
+
+
 def exit_in_one_line(name: str, message: str, code: int) -> NoReturn:
     """Write `name: error: message` as one line to stderr and exit with `code`."""
     sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")
@@ -26,17 +35,20 @@ def exit_in_one_line(name: str, message: str, code: int) -> NoReturn:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; end in one line on what a user can cause (`RLHF_DEBUG=1`: traceback)."""
     name = os.path.basename(sys.argv[0])
+    # A stream that was closed before the start is None, which nothing can print to.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         main()
     except (InputError, RunError) as error:
         if os.environ.get("RLHF_DEBUG") == "1":
             raise
         exit_in_one_line(name, str(error), 2 if isinstance(error, InputError) else 1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("RLHF_DEBUG") == "1":
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or os.environ.get("RLHF_DEBUG") == "1":
             raise
         remedy = "set --micro_batch_size=1, then lower --max_len or --batch_size"
-        exit_in_one_line(name, f"out of GPU memory: {remedy}", 1)
+        exit_in_one_line(name, f"out of memory: {remedy}", 1)
     except KeyboardInterrupt:
         exit_in_one_line(name, "interrupted", 130)
     except BrokenPipeError:

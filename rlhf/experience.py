@@ -4,17 +4,17 @@ Old logprobs come from the forward that is trained, never from the sampler's cac
 rounds differently; and they are taken over the tokens that could have been sampled.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.batches import Batch, micro_batches_by_length
+from rlhf.batches import Batch, Room, micro_batches_by_length
 from rlhf.errors import RunError
 from rlhf.generation import Rollout, generate
-from rlhf.logprobs import sequence_logprobs, token_logprobs, token_stats
+from rlhf.logprobs import Support, sequence_logprobs, token_logprobs, token_stats
 from rlhf.masked import masked_mean
 from rlhf.models import Critic, response_states
 from rlhf.runtime import Runtime
@@ -36,7 +36,6 @@ class Actors(NamedTuple):
     ref_policy: PreTrainedModel
     critic: Critic | None  # None while the policy is only judged
     sampling: Sampling
-    micro_batch_size: int
     runtime: Runtime
 
 
@@ -55,25 +54,78 @@ class Numbers(NamedTuple):
         return self.logprobs - self.ref_logprobs
 
 
+class Experience(NamedTuple):
+    """A rollout and what an update learns from it; (B, R) each, where nothing else is said."""
+
+    rollout: Rollout
+    numbers: Numbers
+    scores: Tensor  # (B,)
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+    learning_rate: Tensor  # ()  of the first optimiser step
+
+    @property
+    def mask(self) -> Tensor:
+        """Which response tokens are real: (B, R) bool."""
+        return self.rollout.batch.response_mask
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give everything as named tensors, which `of` takes."""
+        parts: dict[str, Any] = {
+            "batch": self.rollout.batch,
+            "rollout": self.rollout,
+            "numbers": self.numbers,
+            "experience": self,
+        }
+        if self.rollout.support is not None:
+            parts["support"] = self.rollout.support
+        return {
+            f"{name}.{field}": torch.as_tensor(value)
+            for name, part in parts.items()
+            for field, value in part._asdict().items()
+            if isinstance(value, Tensor | int)
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Experience | None":
+        """Put together what `tensors` gave; None of nothing."""
+        if not tensors:
+            return None
+
+        def part(kind: Any, name: str, **others: Any) -> Any:
+            fields = {field: tensors.get(f"{name}.{field}") for field in kind._fields}
+            return kind(**{**fields, **others})
+
+        support = None  # after greedy decoding
+        if (least := tensors.get("support.min_gen_len")) is not None:
+            support = part(Support, "support", min_gen_len=int(least))
+        rollout = part(Rollout, "rollout", batch=part(Batch, "batch"), support=support)
+        return part(cls, "experience", rollout=rollout, numbers=part(Numbers, "numbers"))
+
+
 def roll_out(
     actors: Actors,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
+    prompts: Sequence[Sequence[int]],
     rows: Sequence[int],
-    *,
     noise_key: tuple[int, int],
-) -> tuple[Rollout, list[str]]:
-    """Write a response to each of some prompts: as ids, and as text."""
+    room: Room,
+) -> Rollout:
+    """Write a response to each of some prompts, which `rows` names for the sampling noise."""
     with actors.runtime.autocast():
-        rollout = generate(
+        return generate(
             actors.policy,
-            [prompts.ids[row] for row in rows],
+            prompts,
             sampling=actors.sampling,
             noise_key=noise_key,
             rows=rows,
-            micro_batch_size=actors.micro_batch_size,
+            room=room,
         )
-    return rollout, [decode_response(tokenizer, ids) for ids in rollout.responses()]
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
+    """Give the responses as people and reward functions see them."""
+    return [decode_response(tokenizer, ids) for ids in rollout.responses()]
 
 
 def policy_forward(
@@ -95,7 +147,7 @@ def policy_forward(
 
 
 @torch.no_grad()
-def token_numbers(actors: Actors, rollout: Rollout) -> Numbers:
+def token_numbers(actors: Actors, rollout: Rollout, room: Room) -> Numbers:
     """Compute, once, what the update needs to know of every response token."""
     everything = range(len(rollout.ended))
     shape = (len(Numbers._fields), *rollout.batch.response_mask.shape)
@@ -103,7 +155,7 @@ def token_numbers(actors: Actors, rollout: Rollout) -> Numbers:
     temperature = actors.sampling.temperature
     head = actors.policy.get_output_embeddings()
     ref_head = actors.ref_policy.get_output_embeddings()
-    for rows, batch in micro_batches_by_length(rollout.batch, everything, actors.micro_batch_size):
+    for rows, batch in micro_batches_by_length(rollout.batch, everything, room):
         ids, mask = batch.response_ids, batch.response_mask
         with actors.runtime.autocast():
             states = response_states(actors.policy, batch)  # (B, R, D)
@@ -119,7 +171,7 @@ def token_numbers(actors: Actors, rollout: Rollout) -> Numbers:
 
 
 @torch.no_grad()
-def check_ratio_is_one(actors: Actors, rollout: Rollout, numbers: Numbers) -> None:
+def check_ratio_is_one(actors: Actors, rollout: Rollout, numbers: Numbers, room: Room) -> None:
     """Stop unless sampler, old and new logprobs agree before the first update.
 
     Dropout, another temperature or another set of tokens in one of them would let the run go on
@@ -131,7 +183,7 @@ def check_ratio_is_one(actors: Actors, rollout: Rollout, numbers: Numbers) -> No
     actors = actors._replace(critic=None)
     new = torch.zeros_like(numbers.logprobs)
     everything = range(len(mask))
-    for rows, batch in micro_batches_by_length(rollout.batch, everything, actors.micro_batch_size):
+    for rows, batch in micro_batches_by_length(rollout.batch, everything, room):
         new[rows, : batch.response_ids.shape[1]] = policy_forward(actors, rollout, rows, batch)[0]
     compared = {"new policy to old policy": (new, numbers.logprobs)}
     if rollout.support is not None:
@@ -156,13 +208,13 @@ def rollout_metrics(
     scores: Tensor,  # (B,)
     rewards: Tensor,  # (B, R)  the scores and the KL penalty
     numbers: Numbers,
-    mask: Tensor,  # (B, R)
-    ended: Tensor,  # (B,)
+    rollout: Rollout,
 ) -> dict[str, Tensor]:
     """What a rollout tells of the policy, under TRL's names.
 
     `objective/*` are sums over a response, averaged over responses.
     """
+    mask, ended = rollout.batch.response_mask, rollout.ended
     kl = sequence_logprobs(numbers.kl, mask)  # (B,)
     # k3 estimates the same KL, as long as no token is cut off, and is never negative; but as a
     # reward it would have another optimum.

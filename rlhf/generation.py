@@ -10,21 +10,20 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from rlhf.batches import (
-    TOKENS_PER_FORWARD,
     Batch,
+    Room,
     micro_batches,
     of_similar_length,
     pad_left,
     position_ids,
 )
-from rlhf.errors import RunError
+from rlhf.errors import DIVERGED, RunError
 from rlhf.kv_cache import SlotCache, has_plain_cache, takes_any_mask
 from rlhf.logprobs import Support, forbid_early_end_, full_logits
 from rlhf.sampling import Sampling, choose, uniform_noise
 
 # Decoding keeps only keys and values of a token, so more fit than in a training forward.
 ROLLOUTS_PER_SEQUENCE = 8
-TOKENS_PER_ROLLOUT = ROLLOUTS_PER_SEQUENCE * TOKENS_PER_FORWARD
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}  # at what has ended: on CUDA, that means waiting
 SPARE_COLUMNS = 128  # of the cache: how seldom it has to be moved
 REFILL_AT = 4  # prompts are read when one in so many slots is free
@@ -105,7 +104,7 @@ class Written:
         if not healthy.all():
             raise RunError(
                 f"sampling: the policy's logits are not finite for {int((~healthy).sum())} of"
-                f" {len(healthy)} prompts. A lower --learning_rate or --dtype=float32 may help"
+                f" {len(healthy)} prompts. {DIVERGED}"
             )
         width = int(lengths.max())
         prompt_ids, prompt_mask = (x.to(lengths.device) for x in pad_left(prompts, self.s.eos_id))
@@ -271,13 +270,13 @@ def generate(
     sampling: Sampling,
     noise_key: tuple[int, int],
     rows: Sequence[int],
-    micro_batch_size: int,
+    room: Room,
 ) -> Rollout:
     """Write a response to each prompt.
 
     `noise_key` is (seed, step) and `rows` names the prompts: with the position they are all that
-    the sampling noise of a token depends on. `micro_batch_size` counts sequences of a training
-    forward, as the flag does; of rollouts, eight times as many fit.
+    the sampling noise of a token depends on. `room` is that of a training
+    forward; of rollouts, eight times as many fit.
     """
     limits = [sampling.max_len - len(prompt) for prompt in prompts]
     if sampling.max_new_tokens:
@@ -286,13 +285,16 @@ def generate(
     if sampling.do_sampling:
         noise = uniform_noise(*noise_key, rows, max(limits)).to(model.device)
     written = Written(torch.tensor(limits, device=model.device), noise, sampling)
-    columns = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    columns += SPARE_COLUMNS
-    size = ROLLOUTS_PER_SEQUENCE * micro_batch_size
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    # Some models keep something for each column, and for no more columns than they have positions.
+    sizes = (getattr(model.config, x, None) for x in ("max_position_embeddings", "max_seq_len"))
+    spare = min([SPARE_COLUMNS, *(size - longest for size in sizes if size)])
+    columns = longest + max(STEPS_BETWEEN_LOOKS[model.device.type] - 1, spare)
+    room = Room(*(ROLLOUTS_PER_SEQUENCE * number for number in room))
     if has_plain_cache(model):
-        size = min(size or max(TOKENS_PER_ROLLOUT // columns, 1), len(prompts))
-        decode(Slots(model, written, size, columns), prompts)
+        size = room.sequences or max(room.tokens // columns, 1)
+        decode(Slots(model, written, min(size, len(prompts)), columns), prompts)
     else:
-        for part in micro_batches([columns] * len(prompts), size, tokens=TOKENS_PER_ROLLOUT):
+        for part in micro_batches([columns] * len(prompts), room):
             decode_by_transformers(model, written, prompts, part)
     return written.rollout(prompts)

@@ -7,24 +7,35 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf.checkpoints import without_nan
+from rlhf.disk import commit, hidden, without_nan
 
 Row = dict[str, float]
 Report = Callable[[Row, int], None]  # to the trackers: values, step
 
 
 def say(text: str) -> None:
-    """Print to stdout, if there is something to print, without tearing a progress bar apart."""
-    if text:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+    """Print to stdout, if there is something to print, without tearing a progress bar apart.
+
+    Nobody's training ends because nobody reads: if stdout is closed or full, the run goes on.
+    """
+    try:
+        if text:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):
+            told = f"{os.path.basename(sys.argv[0])}: note: stdout takes nothing more"
+            sys.stderr.write(f"{told} ({error.strerror}); the run goes on\n")
 
 
 def format_number(value: float) -> str:
@@ -90,6 +101,7 @@ class Metrics:
         self.logged: list[Row] = []
         self.pending: dict[str, list[Tensor]] = defaultdict(list)
         self.num_tokens, self.since = 0, time.monotonic()
+        self.file = folder / "metrics.jsonl"
         self.bar = tqdm(
             total=num_steps,
             unit="step",
@@ -123,8 +135,8 @@ class Metrics:
     def write(self, row: Row) -> None:
         """Append a row to metrics.jsonl and send it to the trackers."""
         self.logged.append(row)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json_line(row))
         self.report({k: v for k, v in row.items() if k != "step"}, self.step)
 
     def add_epoch(self, epoch: int, values: Row) -> None:
@@ -135,6 +147,23 @@ class Metrics:
         # The evaluation's time is not the training's, and what came before it is not timed by it.
         self.num_tokens, self.since = 0, time.monotonic()
 
+    def state(self) -> dict[str, Any]:
+        """Give all that `restore` needs, as JSON holds it; waits for the device."""
+        pending = {name: torch.stack(v).tolist() for name, v in self.pending.items()}
+        rows = {"rows": self.rows, "logged": self.logged}
+        return {"step": self.step, "num_tokens": self.num_tokens, "pending": pending, **rows}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was given; what was logged after it is forgotten."""
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.bar.update(self.step)
+        self.rows, self.logged = ([with_nan(row) for row in state[x]] for x in ("rows", "logged"))
+        for name, values in state["pending"].items():
+            numbers = [math.nan if value is None else value for value in values]
+            self.pending[name] = list(torch.tensor(numbers, dtype=torch.float64))
+        hidden(self.file).write_text("".join(map(json_line, self.logged)), encoding="utf-8")
+        commit(hidden(self.file), self.file)
+
     def finish(self, panels: Sequence[Sequence[str]], *, best: Path, next_step: str) -> None:
         """Draw training.png; print the table of epochs, the best checkpoint, the next step."""
         self.bar.close()
@@ -142,6 +171,16 @@ class Metrics:
         target = os.readlink(best)
         say(f"\n{format_table(self.rows)}\n")
         say(f"best checkpoint: {best} -> {target}\nnext: {next_step}")
+
+
+def json_line(row: Row) -> str:
+    """Write a row as metrics.jsonl has it; a number that JSON has not becomes null."""
+    return json.dumps(without_nan(row), allow_nan=False) + "\n"
+
+
+def with_nan(row: Mapping[str, float | None]) -> Row:
+    """Read a row back from JSON: null was not a number."""
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def draw_panels(path: Path, rows: Sequence[Row], panels: Sequence[Sequence[str]]) -> None:
@@ -161,6 +200,5 @@ def draw_panels(path: Path, rows: Sequence[Row], panels: Sequence[Sequence[str]]
         axis.legend(fontsize="small")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    temporary = path.with_name(".training.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    figure.savefig(hidden(path), dpi=120, format="png")
+    commit(hidden(path), path)

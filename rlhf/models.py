@@ -130,9 +130,24 @@ def fuse_activations(module: nn.Module) -> None:
 def load_policy(
     path: str, *, flag: str, device: torch.device, dropout: float = 0.0
 ) -> PreTrainedModel:
-    """Load a causal language model."""
+    """Load a causal language model. Raises: InputError."""
     config = set_dropout(from_pretrained(AutoConfig, path, flag), dropout)
-    return load_weights(AutoModelForCausalLM, path, flag, config, device)
+    model = load_weights(AutoModelForCausalLM, path, flag, config, device)
+    if not has_plain_head(model):
+        raise InputError(
+            f"{flag}={path}: {type(model).__name__} does more to its logits than its output layer"
+            " (a scale or a cap), which no stage knows; give another model"
+        )
+    return model
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether a model's logits are its output layer's, applied to its last states."""
+    ids = torch.arange(4, device=model.device)[None]
+    states = model.base_model(ids, use_cache=False).last_hidden_state
+    ours, theirs = model.get_output_embeddings()(states), model(ids, use_cache=False).logits
+    return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def load_reward_model(

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf.errors import RunError
+from rlhf.errors import DIVERGED, RunError
 
 
 def schedule_factor(step: int, *, num_steps: int, num_warmup: int) -> float:
@@ -54,7 +54,7 @@ def optimizer_step(
     if not torch.isfinite(torch.stack([loss, *norms])).all():
         raise RunError(
             f"{where}: the loss is {float(loss):.4g} and the gradient norm {float(norms[0]):.4g};"
-            " stopped before the update. A lower --learning_rate or --dtype=float32 may help"
+            f" stopped before the update. {DIVERGED}"
         )
     for schedule in schedules:
         schedule.optimizer.step()

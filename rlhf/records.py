@@ -6,7 +6,6 @@
 Records of one's own need no manifest, no `source` and no `prompt_id`.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, cast
 
+from rlhf.disk import sha256_of, sync_to_disk, sync_tree
 from rlhf.errors import InputError
 from rlhf.sources import SCALE, Example, Prompt, UnusablePrompt, as_prompt, prompt_id, text_flaw
 from rlhf.splits import SIDES, SPLITS, Counts, Splits
@@ -98,14 +98,12 @@ def pair_record(example: Example) -> PairRecord:
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object a line, put the file onto the disk, and return the number of lines."""
+    """Write one JSON object a line; return the number of lines."""
     lines = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             lines += 1
-        file.flush()
-        os.fsync(file.fileno())
     return lines
 
 
@@ -140,6 +138,7 @@ def replace_splits(data_dir: Path, finished: Path) -> None:
     The old ones leave (for `finished/old`) before the first new one comes, and a manifest is there
     as long as a split is: if this is interrupted, what can be seen is whole and of one making.
     """
+    sync_tree(finished)
     old = finished / "old"
     old.mkdir()
     for name in (*SPLITS, MANIFEST):
@@ -148,6 +147,7 @@ def replace_splits(data_dir: Path, finished: Path) -> None:
     for name in (MANIFEST, *SPLITS):
         if (finished / name).exists():
             (finished / name).rename(data_dir / name)
+    sync_to_disk(data_dir)
 
 
 def read_split(
@@ -228,10 +228,17 @@ def fingerprint(data_dir: str | Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in paths}
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def changed_since_written(data_dir: str | Path) -> str:
+    """Say which file of a split is not the one that its manifest tells of; "" if none.
+
+    A split of one's own, which no manifest tells of, has nothing to differ from.
+    """
+    told = read_manifest(data_dir).get("splits", {}).get(Path(os.path.abspath(data_dir)).name, {})
+    for name, digest in fingerprint(data_dir).items():
+        expected = told.get(Path(name).stem, {}).get("sha256", digest)
+        if digest != expected:
+            return f"note: {Path(data_dir) / name} is not as {MANIFEST} tells: damaged, or changed"
+    return ""
 
 
 def _split_file(data_dir: str | Path, side: str) -> Path:

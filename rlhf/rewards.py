@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.batches import Batch, micro_batches_by_length
+from rlhf.batches import Batch, Room, micro_batches_by_length
 from rlhf.errors import InputError, RunError
 from rlhf.models import reward_logits
 from rlhf.runtime import Runtime
@@ -84,14 +84,14 @@ def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> R
 
 
 def score_by_model(
-    model: PreTrainedModel, facts: RewardFacts, *, runtime: Runtime, micro_batch_size: int
+    model: PreTrainedModel, facts: RewardFacts, *, runtime: Runtime, room: Room
 ) -> Scorer:
     """Score by a reward model, on the very ids that were sampled."""
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str], batch: Batch, ended: Tensor) -> Tensor:
         logits = torch.zeros(len(ended), device=ended.device)
-        for rows, micro in micro_batches_by_length(batch, range(len(ended)), micro_batch_size):
+        for rows, micro in micro_batches_by_length(batch, range(len(ended)), room):
             with runtime.autocast():
                 logits[rows] = reward_logits(model, micro, eos_id=model.config.pad_token_id)
         if facts.loss == "regression":

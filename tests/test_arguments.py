@@ -31,6 +31,8 @@ TRAINING_DEFAULTS = {
     "max_samples": 0,
     "report_to": "none",
     "resume": "auto",
+    "save_every": 10.0,
+    "keep": 0,
 }
 
 
@@ -164,6 +166,8 @@ def test_both_forms_of_a_flag_and_both_names_of_an_alias_mean_the_same():
         ["--max_samples=1.5"],
         ["--report_to=excel"],
         ["--resume=yes"],
+        ["--save_every=0"],
+        ["--keep=-1"],
         ["--log_step"],
     ],
 )

@@ -8,6 +8,7 @@ import torch
 
 from rlhf.batches import (
     TOKENS_PER_FORWARD,
+    Room,
     build_batch,
     epoch_order,
     micro_batches,
@@ -59,16 +60,16 @@ def test_max_steps_caps_a_plan():
 
 
 def test_micro_batch_size_zero_is_chosen_from_shapes():
-    assert micro_batches([1024] * 8, 0) == [slice(0, 8)]
-    assert micro_batches([1024] * 9, 0) == [slice(0, 8), slice(8, 9)]
-    assert micro_batches([100_000] * 3, 0) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert micro_batches([1024] * 8, Room(0)) == [slice(0, 8)]
+    assert micro_batches([1024] * 9, Room(0)) == [slice(0, 8), slice(8, 9)]
+    assert micro_batches([100_000] * 3, Room(0)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     # A pair is two sequences; one pair is the least.
-    assert micro_batches([10] * 4, 4, sequences_per_row=2) == [slice(0, 2), slice(2, 4)]
-    assert micro_batches([10] * 2, 1, sequences_per_row=2) == [slice(0, 1), slice(1, 2)]
+    assert micro_batches([10] * 4, Room(4), sequences_per_row=2) == [slice(0, 2), slice(2, 4)]
+    assert micro_batches([10] * 2, Room(1), sequences_per_row=2) == [slice(0, 1), slice(1, 2)]
 
 
 def test_micro_batches_by_length_hold_the_rows_they_name(batch, samples):
-    parts = micro_batches_by_length(batch, [2, 0, 1], 2)
+    parts = micro_batches_by_length(batch, [2, 0, 1], Room(2))
     assert [rows.tolist() for rows, _ in parts] == [[1, 0], [2]]
     for rows, part in parts:
         again = build_batch([samples[row] for row in rows], 0)
@@ -77,9 +78,9 @@ def test_micro_batches_by_length_hold_the_rows_they_name(batch, samples):
 
 def test_micro_batches_hold_as_many_short_rows_as_fit():
     lengths = [10, 20, 30, 100, 100, 1]
-    assert micro_batches(lengths, 0, tokens=200) == [slice(0, 3), slice(3, 5), slice(5, 6)]
-    assert micro_batches(lengths, 0, tokens=1) == [slice(i, i + 1) for i in range(6)]
-    assert micro_batches(lengths, 0, sequences_per_row=2, tokens=200) == [
+    assert micro_batches(lengths, Room(0, 200)) == [slice(0, 3), slice(3, 5), slice(5, 6)]
+    assert micro_batches(lengths, Room(0, 1)) == [slice(i, i + 1) for i in range(6)]
+    assert micro_batches(lengths, Room(0, 200), sequences_per_row=2) == [
         slice(0, 3),
         slice(3, 4),
         slice(4, 5),

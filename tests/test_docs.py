@@ -27,6 +27,8 @@ TRAINING = {
     "max_samples": 0,
     "report_to": "none",
     "resume": "auto",
+    "save_every": 10.0,
+    "keep": 0,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "load_dataset.py": {
@@ -319,7 +321,8 @@ def test_flags_that_are_named_exist(page):
             assert re.match(r"--[\w-]+", code)[0] in anywhere, code
         # One line may hold several commands: sh exec_run_sft.sh --seed=7 && sh exec_run_rm.sh
         for command in re.split(r"&&|[;|#]", code):
-            match = re.search(r"(?:exec_)?(load_dataset|run_\w+)\.(?:py|sh)\b(.*)", command)
+            stems = "|".join(script.removesuffix(".py") for script in SCRIPTS)
+            match = re.search(rf"(?:exec_)?\b({stems})\.(?:py|sh)\b(.*)", command)
             if match:
                 flags = set(re.findall(r"(?<!\S)--[\w-]+", match[2]))
                 assert flags <= known[f"{match[1]}.py"], command

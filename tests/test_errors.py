@@ -115,3 +115,13 @@ def test_a_closed_output_ends_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stderr.count("\n") == 1
     assert "talk.py: error: the output was closed" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_closed_streams_do_not_end_a_script(closed, tmp_path):
+    body = "print(1), sys.stderr.write('2'), sys.stdout.isatty(), Path(sys.argv[1]).touch()"
+    imports = "import sys; from pathlib import Path; from rlhf.errors import run_script"
+    code = f"{imports}; run_script(lambda: [{body}])"
+    command = f'{sys.executable} -c "{code}" {tmp_path}/done {closed}'
+    subprocess.run(command, shell=True, check=True, cwd=ROOT, capture_output=True)
+    assert (tmp_path / "done").exists()

@@ -1,8 +1,11 @@
 """A rollout as the models see it: ratio 1 before the first update, the reference, the figures."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from rlhf.batches import Room
 from rlhf.errors import RunError
 from rlhf.experience import (
     Actors,
@@ -26,6 +29,7 @@ SETTINGS = [
 ]
 
 
+ROOM = Room(0)
 PRECISIONS = ["float32", "bfloat16"]
 
 
@@ -35,7 +39,7 @@ def build(tokenizer, *, precision="float32", copies=1, **settings):
     runtime = Runtime(torch.device("cpu"), precision, "")
     prompts = PROMPTS * copies
     critic = Critic(build_gpt2(tokenizer, seed=2).transformer, 32, 1.0)
-    actors = Actors(policy, build_gpt2(tokenizer, seed=1), critic, sampling, 0, runtime)
+    actors = Actors(policy, build_gpt2(tokenizer, seed=1), critic, sampling, runtime)
     with runtime.autocast():
         rollout = generate(
             policy,
@@ -43,7 +47,7 @@ def build(tokenizer, *, precision="float32", copies=1, **settings):
             sampling=sampling,
             noise_key=(7, 1),
             rows=range(len(prompts)),
-            micro_batch_size=0,
+            room=ROOM,
         )
     return actors, rollout
 
@@ -52,8 +56,8 @@ def build(tokenizer, *, precision="float32", copies=1, **settings):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_ratio_is_one_before_the_first_update(tokenizer, settings):
     actors, rollout = build(tokenizer, **settings)
-    numbers = token_numbers(actors, rollout)
-    check_ratio_is_one(actors, rollout, numbers)
+    numbers = token_numbers(actors, rollout, ROOM)
+    check_ratio_is_one(actors, rollout, numbers, ROOM)
     rows = torch.arange(len(PROMPTS))
     logprobs, _ = policy_forward(actors, rollout, rows, rollout.batch)
     mask = rollout.batch.response_mask
@@ -66,17 +70,17 @@ def test_ratio_is_one_before_the_first_update(tokenizer, settings):
 @pytest.mark.parametrize("copies", [1, 40])
 def test_rounding_to_bfloat16_does_not_stop_a_run(tokenizer, settings, copies):
     actors, rollout = build(tokenizer, precision="bfloat16", copies=copies, **settings)
-    check_ratio_is_one(actors, rollout, token_numbers(actors, rollout))
+    check_ratio_is_one(actors, rollout, token_numbers(actors, rollout, ROOM), ROOM)
 
 
 @pytest.mark.claim(9)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_dropout_in_the_policy_stops_the_run(tokenizer, precision):
     actors, rollout = build(tokenizer, precision=precision, copies=40)
-    numbers = token_numbers(actors, rollout)
+    numbers = token_numbers(actors, rollout, ROOM)
     actors.policy.train()  # made with GPT-2's own dropout of 0.1
     with pytest.raises(RunError, match="new policy to old policy"):
-        check_ratio_is_one(actors, rollout, numbers)
+        check_ratio_is_one(actors, rollout, numbers, ROOM)
 
 
 @pytest.mark.claim(10)
@@ -89,17 +93,17 @@ def test_logprobs_of_another_distribution_stop_the_run(tokenizer, wrong, precisi
     else:
         rollout = rollout._replace(support=rollout.support._replace(kept_ids=None, min_gen_len=0))
     with pytest.raises(RunError, match="old policy to sampler"):
-        check_ratio_is_one(actors, rollout, token_numbers(actors, rollout))
+        check_ratio_is_one(actors, rollout, token_numbers(actors, rollout, ROOM), ROOM)
 
 
 @pytest.mark.claim(5, 9)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_micro_batches_change_no_number(tokenizer, settings):
     actors, rollout = build(tokenizer, **settings)
-    whole = token_numbers(actors, rollout)
+    whole = token_numbers(actors, rollout, ROOM)
     mask = rollout.batch.response_mask
     for size in (1, 3):
-        parts = token_numbers(actors._replace(micro_batch_size=size), rollout)
+        parts = token_numbers(actors, rollout, Room(size))
         for a, b in zip(whole, parts, strict=True):
             torch.testing.assert_close(a[mask], b[mask], atol=1e-4, rtol=0)
 
@@ -107,7 +111,7 @@ def test_micro_batches_change_no_number(tokenizer, settings):
 @pytest.mark.claim(4, 10)
 def test_reference_is_taken_at_the_temperature_over_the_whole_vocabulary(tokenizer):
     actors, rollout = build(tokenizer, temperature=0.7, top_k=5)
-    numbers = token_numbers(actors, rollout)
+    numbers = token_numbers(actors, rollout, ROOM)
     for row, (prompt, response) in enumerate(zip(PROMPTS, rollout.responses(), strict=True)):
         logits = actors.ref_policy(torch.tensor([prompt + response])).logits[0] / 0.7
         expected = logits.log_softmax(dim=1)[range(len(prompt) - 1, len(logits) - 1), response]
@@ -120,7 +124,7 @@ def test_reference_is_taken_at_the_temperature_over_the_whole_vocabulary(tokeniz
 def test_first_kl_is_minus_log_kept_mass(tokenizer):
     actors, rollout = build(tokenizer, temperature=0.7, top_k=5)
     actors = actors._replace(ref_policy=actors.policy)
-    numbers = token_numbers(actors, rollout)
+    numbers = token_numbers(actors, rollout, ROOM)
     mask = rollout.batch.response_mask
     assert numbers.kept_mass[mask].max() < 1
     expected = -numbers.kept_mass[mask].log()
@@ -137,8 +141,9 @@ def test_rollout_metrics_worked_by_hand():
         torch.tensor([2.0, 4.0]),
         torch.tensor([[-0.05, 2.1], [3.9, 0.0]]),  # beta 0.1
         numbers,
-        mask,
-        torch.tensor([True, False]),
+        SimpleNamespace(
+            batch=SimpleNamespace(response_mask=mask), ended=torch.tensor([True, False])
+        ),
     )
     expected = {
         "objective/kl": 0.25,  # ((0.5 - 1) + 1) / 2

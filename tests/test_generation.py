@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 import rlhf.generation
+from rlhf.batches import Room
 from rlhf.errors import RunError
 from rlhf.generation import Slots, generate
 from rlhf.sampling import Sampling
@@ -36,7 +37,7 @@ def roll_out(model, prompts, sampling=PLAIN, step=1, rows=None, micro_batch_size
         sampling=sampling,
         noise_key=(7, step),
         rows=range(len(prompts)) if rows is None else rows,
-        micro_batch_size=micro_batch_size,
+        room=Room(micro_batch_size),
     )
     return rollout.responses(), rollout
 
@@ -224,7 +225,7 @@ def test_sampler_logprobs_are_those_of_the_kept_tokens(gpt2):
 
 
 @pytest.mark.claim(25)
-@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"do_sampling": False}])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.9}, {"do_sampling": False}])
 def test_a_policy_that_is_not_finite_samples_nothing(gpt2, settings):
     with torch.no_grad():
         gpt2.transformer.ln_f.weight.fill_(float("nan"))

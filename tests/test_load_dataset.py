@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import load_dataset
+from rlhf.disk import Lock
 from rlhf.errors import InputError
-from rlhf.records import PAIR, SCORED, read_split
+from rlhf.records import PAIR, SCORED, changed_since_written, read_split
 
 ROOT = Path(load_dataset.__file__).parent
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -478,3 +479,33 @@ def test_the_remains_of_a_killed_run_are_cleared(dataset, tmp_path):
     write_rows(tmp_path / "data" / ".unfinished" / "old" / "sft" / "train.jsonl", ["half"])
     load(dataset, tmp_path / "data")
     assert not (tmp_path / "data" / ".unfinished").exists()
+
+
+def test_one_process_at_a_time_makes_a_data_folder(tmp_path):
+    dataset = write_rows(tmp_path / "rows.jsonl", [graded_row(i) for i in range(60)])
+    (tmp_path / "data").mkdir()
+    told = rf"--data_dir=.*/data: is in use by process {os.getpid()} on "
+    with Lock(tmp_path / "data", flag="--data_dir"), pytest.raises(InputError, match=told):
+        load(dataset, tmp_path / "data")
+    assert os.listdir(tmp_path / "data") == []
+    load(dataset, tmp_path / "data")
+    assert not (tmp_path / "data/.lock").exists()
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path):
+    dataset = write_rows(tmp_path / "rows.jsonl", ["not json"])
+    with pytest.raises(InputError):
+        load(dataset, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_changed_split_is_told(tmp_path):
+    dataset = write_rows(tmp_path / "rows.jsonl", [graded_row(i) for i in range(60)])
+    load(dataset, tmp_path / "data")
+    assert changed_since_written(tmp_path / "data/sft") == ""
+    path = tmp_path / "data/sft/train.jsonl"
+    path.write_text(path.read_text().replace("windows", "doors", 1))
+    told = changed_since_written(tmp_path / "data/sft")
+    assert told == f"note: {path} is not as manifest.json tells: damaged, or changed"
+    path.parent.rename(tmp_path / "own")  # a split of one's own, which no manifest tells of
+    assert changed_since_written(tmp_path / "own") == ""

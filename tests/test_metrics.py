@@ -4,6 +4,7 @@ import io
 import json
 import math
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,22 @@ def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(tmp_path, monkeypatch):
         metrics.bar.close()
         assert ("loss 0.5000" in stream.getvalue()) == bar
         assert ("step 1/1  epoch 0.5000  loss 0.5000" in out.getvalue()) != bar
+
+
+SPEAKER = """
+import sys
+from pathlib import Path
+from rlhf.metrics import say
+for _ in range(200):
+    say("x" * 1000)
+Path(sys.argv[1]).touch()
+"""
+
+
+@pytest.mark.parametrize("output", ["| head -1", "> /dev/full"])
+def test_a_run_goes_on_when_nobody_takes_its_output(output, tmp_path):
+    done = tmp_path / "done"
+    command = f"{sys.executable} -c '{SPEAKER}' {done} {output}"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.exists() and "Traceback" not in ended.stderr
+    assert ended.stderr.count("stdout takes nothing more") == 1

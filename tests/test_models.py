@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 from rlhf.batches import Batch, build_batch, position_ids
 from rlhf.errors import InputError
@@ -178,6 +178,29 @@ def test_weights_that_need_unpickling_are_refused(base_path, tmp_path, gpt2):
     gpt2.config.save_pretrained(tmp_path)
     torch.save(gpt2.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot be loaded"):
+        load_policy(str(tmp_path), flag="--x", device=CPU)
+
+
+@pytest.mark.parametrize("family", ["cohere", "granite", "gemma2", "llama"])
+def test_a_model_that_scales_or_caps_its_logits_is_refused(family, tmp_path):
+    """Our logprobs are those of the output layer: with a scale they would be another policy's."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        **{"granite": {"logits_scaling": 8.0}, "gemma2": {"head_dim": 8}}.get(family, {}),
+        **({"final_logit_softcapping": 0.5} if family == "gemma2" else {}),
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    if family == "llama":
+        load_policy(str(tmp_path), flag="--x", device=CPU)
+        return
+    with pytest.raises(InputError, match="does more to its logits than its output layer"):
         load_policy(str(tmp_path), flag="--x", device=CPU)
 
 

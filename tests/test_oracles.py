@@ -267,11 +267,11 @@ def ppo(root, data_dir):
     rollouts, roll_out = [], run_ppo.roll_out
 
     def watched(*args, **options):
-        rollout, texts = roll_out(*args, **options)
+        rollout = roll_out(*args, **options)
         batch = rollout.batch
         masked = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
         rollouts.append(([ids[mask].tolist() for ids, mask in masked], rollout.responses()))
-        return rollout, texts
+        return rollout
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_ppo, "roll_out", watched)

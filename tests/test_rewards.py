@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.batches import Batch, build_batch
+from rlhf.batches import Batch, Room, build_batch
 from rlhf.errors import InputError, RunError
 from rlhf.models import load_reward_model, reward_logits
 from rlhf.rewards import (
@@ -80,7 +80,7 @@ def test_a_model_scores_by_the_formula_that_its_run_json_names(base_path, sample
     for loss, rewards in expected.items():
         facts = RewardFacts(**(FACTS | {"loss": loss}))
         for size in (0, 1, 2):
-            score = score_by_model(model, facts, runtime=CPU, micro_batch_size=size)
+            score = score_by_model(model, facts, runtime=CPU, room=Room(size))
             scores = score(["p"] * 3, ["r"] * 3, batch, ended)
             torch.testing.assert_close(scores, rewards, atol=1e-5, rtol=0)
             assert not scores.requires_grad

@@ -23,6 +23,7 @@ from transformers import (
     pipeline,
 )
 
+from rlhf.disk import write_checksums
 from rlhf.errors import InputError
 from rlhf.records import PAIR, read_split
 from rlhf.tokens import encode_samples, prepare_tokenizer
@@ -324,6 +325,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPT2ForSequenceClassification(config).save_pretrained(folder / "rm")
     facts = {"loss": "regression", "max_reward": 5.0, "logit_mean": 0.0, "reward_mean": 3.0}
     (folder / "rm" / "run.json").write_text(json.dumps({"reward": facts}))
+    write_checksums(folder / "rm")
     lines = [json.dumps({"prompt": prompt}) for prompt in list(requests())[::1000]]
     for side in ("train", "eval"):
         (folder / f"{side}.jsonl").write_text("\n".join(lines) + "\n")
@@ -336,6 +338,7 @@ def as_run(folder: Path, seed: int, epoch: int, **arguments: str) -> Path:
     save_base_model(path, seed)
     run = {"stage": "ppo", "epoch": epoch, "arguments": arguments}
     (path / "run.json").write_text(json.dumps(run))
+    write_checksums(path)
     return path
 
 

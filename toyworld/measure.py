@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from rlhf.checkpoints import require_undamaged
 from rlhf.errors import InputError
 from rlhf.records import PROMPT, read_split
 from toyworld.world import EOS, TAGS, VOCABULARY, gold_reward, requests
@@ -62,6 +63,7 @@ def read_prompts(data_dir: str, side: str) -> list[str]:
 def check_checkpoint(path: str | Path, flag: str, kind: str) -> None:
     """Raise InputError unless a checkpoint of this kind, over the words of the world, is there."""
     place = f"{flag}={path}"
+    require_undamaged(str(path), flag=flag)
     try:
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         (architecture,) = config["architectures"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from rlhf.arguments import Parser, count, non_negative, positive, positive_count
-from rlhf.checkpoints import commit
+from rlhf.disk import commit
 from rlhf.errors import run_script
 from toyworld.measure import (
     Model,

@@ -1,0 +1,292 @@
+"""RESUME: what a run that was stopped goes on from, and how it is stopped.
+
+Weights change in whole steps only. In between, the run can be told to stop at any moment: it gives
+up what it has begun, saves the state after the last whole step, and ends. The same command goes on
+from there, and ends in the same bytes as if nothing had happened.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlhf.batches import PlannedBatch, Room
+from rlhf.checkpoints import load_tensors, save_tensors
+from rlhf.disk import remove, require_space
+from rlhf.errors import InputError, RunError, is_out_of_memory
+from rlhf.metrics import Metrics, say
+from rlhf.run_folder import EARLIER, RESUME, STATES, RunFolder
+
+GENERATIONS = 2  # of the state: should the newer one be damaged, there is the older
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+Result = TypeVar("Result")
+
+
+class Stopped(BaseException):
+    """A signal has told the run to stop. No `except Exception` on the way may keep it."""
+
+
+class Progress:
+    """How far a run has come: in memory, and every few minutes on the disk.
+
+    `modules` are what is trained, first of all the one that checkpoints hold. It is a context
+    around the training loop; `whole` is one around what happens entirely or not at all.
+
+    Raises: InputError if the state of a stopped run is damaged; RunError if the disk is too small.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: Sequence[Sequence[PlannedBatch]],
+        *,
+        modules: Mapping[str, nn.Module],
+        schedules: Sequence[LambdaLR],
+        metrics: Metrics,
+        room: Room,
+        save_every: float,  # minutes
+    ) -> None:
+        self.folder, self.plan, self.metrics, self.room = folder, plan, metrics, room
+        self.modules, self.schedules, self.save_every = modules, schedules, 60 * save_every
+        self.device = next(next(iter(modules.values())).parameters()).device
+        self.carried: dict[str, Tensor] = {}  # what a step of several parts goes on with
+        self.in_whole, self.torn, self.changed = False, False, False
+        self.signal = 0
+        self.saved_at, self.saved_epochs = time.monotonic(), 1  # epoch 0: before training
+        self.random = random_state(self.device)
+        self.require_space()
+        if folder.standing == "stopped":
+            self.restore()
+        if not self.states():
+            self.save()  # from here on, a run without a state has lost it
+
+    # What is left to do
+
+    def left(self) -> Iterator[tuple[int, Sequence[PlannedBatch]]]:
+        """Yield each epoch that is not finished, from 1 on, and its batches that are not done."""
+        done, finished = self.metrics.step, len(self.metrics.rows) - 1
+        for epoch, batches in enumerate(self.plan, start=1):
+            if epoch > finished:
+                yield epoch, batches[done:]
+            done = max(0, done - len(batches))
+
+    def fitting(self, attempt: Callable[[Room], Result]) -> Result:
+        """Do what may run out of memory; if it does, do it again with half the room for a forward.
+
+        What it accumulates is an optimisation batch's gradient, which does not depend on the room.
+        Raises: RunError if one sequence is too much.
+        """
+        while True:
+            before = random_state(self.device)
+            try:
+                return attempt(self.room)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                smaller = self.room.halved()
+                if smaller is None:
+                    raise RunError(
+                        "out of memory with one sequence in a forward; lower --max_len or"
+                        " --batch_size, or add --gradient_checkpointing"
+                    ) from error
+            # Only now are the failed attempt's tensors free: the error held them.
+            self.room = smaller
+            for schedule in self.schedules:
+                schedule.optimizer.zero_grad(set_to_none=True)
+            set_random_state(before, self.device)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            say(f"note: out of memory; going on with {smaller} in a forward, same result")
+
+    # How it is stopped
+
+    def __enter__(self) -> Self:
+        self.handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and & set it
+                    self.handlers[number] = signal.signal(number, self.on_signal)
+        return self
+
+    def on_signal(self, number: int, _: object) -> None:
+        """Stop the run as soon as its weights are whole; a second signal ends it at once."""
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        if not self.in_whole:
+            raise Stopped
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let no signal in between; at the end, save the state if that is due."""
+        self.in_whole, self.torn = True, True
+        try:
+            yield
+            self.torn, self.changed = False, True
+            self.random = random_state(self.device)
+            epoch_ended = len(self.metrics.rows) > self.saved_epochs
+            if epoch_ended or time.monotonic() - self.saved_at >= self.save_every:
+                self.save()
+        finally:
+            self.in_whole = False
+        if self.signal:
+            raise Stopped
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.in_whole = True  # what comes now happens entirely, or a second signal ends it
+        try:
+            # After an error the state on the disk stays as it is.
+            if isinstance(error, Stopped) and self.changed and not self.torn:
+                self.save()
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        if isinstance(error, Stopped):
+            name = signal.Signals(self.signal).name
+            say(f"stopped by {name} after step {self.metrics.step}; the same command goes on")
+            raise SystemExit(128 + self.signal) from None
+
+    # The state on the disk
+
+    def states(self) -> list[Path]:
+        """Name the states on the disk, the newest first."""
+        return sorted((self.folder.path / RESUME).glob(STATES), reverse=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Give all that is trained, by name; a tensor with two names stands under the first."""
+        tensors: dict[int, tuple[str, Tensor]] = {}
+        for name, module in self.modules.items():
+            for key, tensor in module.state_dict(keep_vars=True).items():
+                tensors.setdefault(id(tensor), (f"{name}.{key}", tensor.detach()))
+        return dict(tensors.values())
+
+    def save(self) -> None:
+        """Write the state after the last whole step; the oldest one goes."""
+        tensors = {**self.weights(), **self.random}
+        for i, schedule in enumerate(self.schedules):
+            for index, moments in schedule.optimizer.state_dict()["state"].items():
+                for name, tensor in moments.items():
+                    tensors[f"optimizer.{i}.{index}.{name}"] = tensor
+        tensors |= {f"carried.{name}": tensor for name, tensor in self.carried.items()}
+        best = self.folder.path / "best"
+        facts = {
+            "metrics": self.metrics.state(),
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "room": self.room,
+            "lowest": self.folder.lowest,
+            "best": os.readlink(best) if best.is_symlink() else None,
+        }
+        states = self.states()
+        number = 1 + (int(states[0].name.rpartition("-")[2]) if states else 0)
+        save_tensors(self.folder.path / RESUME / f"state-{number:06}", tensors, facts)
+        for old in self.states()[GENERATIONS:]:
+            remove(old)
+        self.changed, self.saved_epochs = False, len(self.metrics.rows)
+        self.saved_at = time.monotonic()
+
+    def restore(self) -> None:
+        """Go on from the newest state that is as it was written. Raises: InputError."""
+        states, loaded = self.states(), None
+        for state in states:
+            loaded = load_tensors(state, device=self.device)
+            if loaded:
+                break
+            say(f"note: {state} is damaged; looking for an older state")
+        if loaded is None:
+            self.require_nothing_lost(states)
+            return
+        tensors, facts = loaded
+        if missing := self.weights().keys() - tensors.keys():
+            raise InputError(
+                f"--ckpt_dir={self.folder.path}: its state has no {min(missing)}: it was written by"
+                " other versions; go on with those, or start afresh with --resume=never"
+            )
+        self.random = {name: tensors.pop(name).cpu() for name in [*tensors] if "random." in name}
+        set_random_state(self.random, self.device)
+        for name, tensor in self.weights().items():
+            tensor.copy_(tensors.pop(name))
+        for i, schedule in enumerate(self.schedules):
+            restore_optimizer(schedule.optimizer, tensors, f"optimizer.{i}.")
+            schedule.load_state_dict(facts["schedules"][i])
+            for group, rate in zip(
+                schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True
+            ):
+                group["lr"] = rate
+        self.carried = {
+            name.removeprefix("carried."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("carried.")
+        }
+        self.room = Room(*facts["room"])
+        self.folder.restore_best(facts["best"], facts["lowest"])
+        self.metrics.restore(facts["metrics"])
+        self.saved_epochs = max(1, len(self.metrics.rows))
+        say(f"going on in {self.folder.path} after step {self.metrics.step}")
+
+    def require_nothing_lost(self, states: Sequence[Path]) -> None:
+        """Stop if a run without a usable state has something to lose. Raises: InputError."""
+        folder = self.folder.path
+        if states or (folder / "best").is_symlink():
+            why = "every state in" if states else "there is no state in"
+            raise InputError(
+                f"--ckpt_dir={folder}: its run cannot be gone on with: {why} {folder / RESUME}"
+                f"{' is damaged' if states else ''}; --resume=never moves it away and starts afresh"
+            )
+        self.metrics.file.unlink(missing_ok=True)
+        say(f"nothing was saved yet of the run in {folder}: it starts from the beginning")
+
+    def require_space(self) -> None:
+        """Stop before training if the disk cannot take what it will write. Raises: RunError."""
+        sizes = [sum(p.numel() * 4 for p in m.parameters()) for m in self.modules.values()]
+        keep = self.folder.keep
+        checkpoints = min(len(self.plan), keep + 2) if keep else len(self.plan)
+        # A state holds each weight and AdamW's two moments, and is whole before the oldest goes.
+        needed = checkpoints * sizes[0] + (GENERATIONS + 1) * 3 * sum(sizes)
+        for entry in self.folder.path.iterdir():  # what stands there already
+            if entry.name != EARLIER:
+                needed -= sum(p.stat().st_size for p in entry.rglob("*") if p.is_file())
+        what = f"{checkpoints} checkpoints and the state of the run"
+        remedy = "free some, or keep fewer by --keep"
+        require_space(self.folder.path, needed, what=what, remedy=remedy)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Give an optimiser back the moments that stand under names with this prefix."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, _, key = name.removeprefix(prefix).partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Give the state of torch's generators, which dropout draws from."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set torch's generators back to a state."""
+    torch.set_rng_state(states["random.cpu"])
+    if "random.cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["random.cuda"], device)

@@ -1,0 +1,296 @@
+"""RUN FOLDER: one run of a stage: what it was made from, its checkpoints, and the best of them.
+
+A run folder has one process at a time. The same command goes on where its run was stopped; another
+one never overwrites what is there.
+"""
+
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.checkpoints import (
+    RUN_FILE,
+    content_of,
+    git_commit,
+    model_name,
+    named_checkpoint,
+    require_undamaged,
+    save_checkpoint,
+)
+from rlhf.disk import (
+    LOCK,
+    Lock,
+    hidden,
+    link,
+    read_record,
+    remove,
+    replace_record,
+    require_unlocked,
+    sweep,
+    sync_to_disk,
+)
+from rlhf.errors import DIVERGED, InputError, RunError
+
+EARLIER = "earlier"
+RESUME = ".resume"
+STATES = "state-*"  # in RESUME
+# They change where, how often and how much is written, or where it is computed, but no number.
+FREE_ARGUMENTS = {"ckpt_dir", "gpu_id", "keep", "log_step", "report_to", "resume", "save_every"}
+
+
+def is_of_a_run(entry: Path) -> bool:
+    """Tell whether a run wrote this: a checkpoint, a log, a tracker's folder, a hidden leftover."""
+    known = {"best", "metrics.jsonl", "training.png", "rlhf", RESUME, EARLIER, LOCK}
+    is_leftover = entry.name.startswith(".") and entry.name.endswith(".tmp")
+    return entry.name in known or is_leftover or (entry / RUN_FILE).is_file()
+
+
+def check_run_folder(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Check, without writing, that a run may start in `folder`, and moving what is there is safe.
+
+    `inputs` maps flags to the paths that the run reads. Raises: InputError.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--ckpt_dir={folder}: is a file; name a folder")
+    for entry in sorted(folder.iterdir()) if folder.exists() else []:
+        if not is_of_a_run(entry):
+            raise InputError(
+                f"--ckpt_dir={folder}: holds {entry.name}, which no run wrote; name a new folder"
+            )
+    for flag, path in inputs.items():
+        real = Path(path).resolve()
+        inside = real.is_relative_to(folder.resolve())
+        if inside and real.exists() and not real.is_relative_to(folder.resolve() / EARLIER):
+            raise InputError(
+                f"{flag}={path} lies in --ckpt_dir={folder}, whose earlier run is about to move"
+                f" away; name another --ckpt_dir"
+            )
+
+
+def move_to_earlier(folder: Path) -> str:
+    """Move the run that a folder holds, if any, whole into `earlier/<n>/`; return a line or "".
+
+    A move that a crash cut short is finished first: what tells how to go on with a run moves first,
+    so that nobody goes on with a half.
+    """
+    earlier = folder / EARLIER
+    numbers = [int(entry.name) for entry in earlier.glob("*") if entry.name.isdigit()]
+    destination = earlier / str(max(numbers, default=0) + 1)
+    entries = [entry for entry in folder.iterdir() if entry.name not in {EARLIER, LOCK}]
+    if not entries and not hidden(destination).exists():
+        return ""
+    hidden(destination).mkdir(parents=True, exist_ok=True)
+    for entry in sorted(entries, key=lambda entry: entry.name != RESUME):
+        entry.rename(hidden(destination) / entry.name)
+    for changed in (hidden(destination), folder):
+        sync_to_disk(changed)
+    hidden(destination).rename(destination)
+    sync_to_disk(earlier)
+    return f"the earlier run in {folder} is now in {destination}"
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Tell in which arguments and inputs two runs differ."""
+    told = []
+    for name in sorted({*then["arguments"], *now["arguments"]}):
+        old, new = then["arguments"].get(name), now["arguments"].get(name)
+        if old != new:
+            told.append(f"--{name} was {old}, is {new}")
+    for flag in sorted({*then["inputs"], *now["inputs"]}):
+        old, new = then["inputs"].get(flag, {}), now["inputs"].get(flag, {})
+        if old.get("content") != new.get("content"):
+            same_path = old.get("path") == new.get("path")
+            was = "its content has changed" if same_path else f"was {old.get('path')}"
+            told.append(f"{flag}={new.get('path')}: {was}")
+    return told
+
+
+class RunFolder:
+    """The folder of one run of a stage, which this process holds while it is a context and started.
+
+    `inputs` maps flags to the paths that the run reads, its parent checkpoint first. `resume` is
+    "auto" (go on with a run that was stopped), "never" (start afresh) or "must" (go on or fail).
+    `standing` tells what there is to do: "new", "stopped" or "finished".
+
+    Nothing is written before `start`. Raises: InputError if the folder cannot take
+    the run, another process holds it, an input is damaged, or a run that was stopped was another.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        stage: str,
+        inputs: dict[str, str],
+        arguments: dict[str, Any],
+        data: dict[str, str],
+        resume: str,
+        keep: int = 0,
+    ) -> None:
+        self.path, self.stage, self.keep = Path(path), stage, keep
+        check_run_folder(self.path, inputs)
+        for flag, read in inputs.items():
+            require_undamaged(read, flag=flag)
+        self.lowest = math.inf
+        flag, parent = next(iter(inputs.items()))
+        self.model = model_name(parent, flag=flag)
+        # An input is the same wherever it lies, and another if its content is.
+        paths = {name for name, value in arguments.items() if inputs.get(f"--{name}") == value}
+        content = {flag: content_of(read) for flag, read in inputs.items() if flag != "--data_dir"}
+        self.made_from = {
+            "arguments": {k: v for k, v in arguments.items() if k not in FREE_ARGUMENTS | paths},
+            "inputs": {
+                flag: {"path": named_checkpoint(read), "content": content.get(flag, data)}
+                for flag, read in inputs.items()
+            },
+        }
+        self.facts = {
+            "stage": stage,
+            "model": self.model,
+            "arguments": arguments,
+            "parent": named_checkpoint(parent),
+            "data": data,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "numpy")},
+            },
+            "git_commit": git_commit(),
+        }
+        self.resume = resume
+        self.lock: Lock | None = None
+        require_unlocked(self.path, flag="--ckpt_dir")
+        self.standing = self.find_standing()
+
+    def find_standing(self) -> str:
+        """Decide what there is to do in this folder. Raises: InputError."""
+        here = f"--ckpt_dir={self.path}"
+        if self.resume == "never":
+            return "new"
+        record = self.read_record()
+        finished = bool(record) and record["finished"]
+        if self.resume == "must" and (finished or not any((self.path / RESUME).glob(STATES))):
+            why = "is finished" if finished else "holds no state"
+            raise InputError(f"--resume=must: {self.path} {why}: there is nothing to go on with")
+        if not record:
+            return "new"
+        changed = differences(record["made_from"], self.made_from)
+        if finished:
+            is_there = (self.path / "best" / RUN_FILE).is_file()
+            return "finished" if is_there and not changed else "new"
+        if changed:
+            raise InputError(
+                f"{here}: holds a run that was stopped and was started otherwise"
+                f" ({'; '.join(changed)}); start it as before to go on with it, or with"
+                f" --resume=never, and it moves to {self.path / EARLIER}"
+            )
+        return "stopped"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock:
+            self.lock.release()
+
+    def start(self) -> str:
+        """Make the folder ready; a new run moves the last one away. Returns a line for the user.
+
+        Raises: InputError if it cannot be made, or another process has come first.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(self.path, flag="--ckpt_dir")
+        except OSError as error:
+            cause = f"cannot be written to ({error.strerror})"
+            raise InputError(f"--ckpt_dir={self.path}: {cause}; name another") from error
+        if self.find_standing() != self.standing:
+            raise InputError(f"--ckpt_dir={self.path}: another run was here while this one loaded")
+        sweep(self.path)
+        if self.standing == "stopped":
+            sweep(self.path / RESUME)
+            return ""
+        moved = move_to_earlier(self.path)
+        (self.path / RESUME).mkdir()
+        self.write_record(finished=False)
+        return moved
+
+    def read_record(self) -> dict[str, Any]:
+        """Read what the folder's run was made from; {} if it holds none. Raises: InputError."""
+        file = self.path / RESUME / RUN_FILE
+        if not file.is_file() and not any(file.parent.glob(STATES)):
+            return {}
+        record = read_record(file)
+        if record is None:
+            raise InputError(
+                f"--ckpt_dir={self.path}: holds a run, but {file}, which tells what it was made"
+                f" from, is damaged; --resume=never moves that run to {self.path / EARLIER}"
+            )
+        return record
+
+    def write_record(self, *, finished: bool) -> None:
+        """Note what this run was made from, and whether it is finished."""
+        record = {"made_from": self.made_from, "finished": finished}
+        replace_record(self.path / RESUME / RUN_FILE, record)
+
+    def finish(self) -> None:
+        """Note that nothing is left to do; the states that a stopped run needs go."""
+        self.write_record(finished=True)
+        for state in (self.path / RESUME).glob(STATES):
+            remove(state)
+
+    def finished_line(self) -> str:
+        """Say that there is nothing to do."""
+        return (
+            f"{self.path}: this very run is finished; best checkpoint: {self.path / 'best'} ->"
+            f" {os.readlink(self.path / 'best')}. Another argument, or --resume=never, starts a new"
+            " one"
+        )
+
+    def save_epoch(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        epoch: int,
+        figure: str,
+        objective: float,
+        facts: dict[str, Any],
+    ) -> Path:
+        """Save the checkpoint of an epoch, and link it as `best` if its objective is the lowest.
+
+        `figure` ends its name, like `loss=0.1234`; `facts` go into `run.json` beside the run's.
+        """
+        if not math.isfinite(objective):
+            raise RunError(
+                f"epoch {epoch}: the evaluation gave {figure}; nothing was saved. {DIVERGED}"
+            )
+        name = f"{self.model}_{self.stage}_epoch={epoch}_{figure}"
+        run = {**self.facts, "epoch": epoch, **facts}
+        path = save_checkpoint(self.path, name, model=model, tokenizer=tokenizer, run=run)
+        if objective < self.lowest:
+            self.lowest = objective
+            link(self.path / "best", name)
+        self.remove_older(path, epoch)
+        return path
+
+    def restore_best(self, name: str | None, lowest: float | None) -> None:
+        """Go on from the best checkpoint of the epochs that are finished."""
+        if name is not None and lowest is not None:
+            self.lowest = lowest
+            link(self.path / "best", name)
+
+    def remove_older(self, newest: Path, epoch: int) -> None:
+        """Keep `keep` checkpoints (0: all), the best one always, and one of each epoch."""
+        best = os.readlink(self.path / "best")
+        for path in self.path.glob(f"[!.]*_{self.stage}_epoch=*"):
+            number = int(path.name.rpartition("_epoch=")[2].partition("_")[0])
+            is_twin = number == epoch and path != newest
+            is_old = self.keep > 0 and number <= epoch - self.keep
+            if (is_twin or is_old) and path.name != best:
+                remove(path)

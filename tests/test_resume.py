@@ -1,0 +1,296 @@
+"""Stopped runs: the same command goes on, and ends in the bytes of a run that nothing disturbed."""
+
+import json
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import run_dpo
+import run_ppo
+import run_rm
+import run_sft
+from rlhf.batches import Room
+from rlhf.errors import InputError, RunError, is_out_of_memory
+from tests.faults.world import content
+from tests.test_scripts import PPO, rows, run
+
+SCRIPTS = {"sft": run_sft, "rm": run_rm, "ppo": run_ppo, "dpo": run_dpo}
+OPTIONS = {
+    "sft": ["--num_epochs=2", "--batch_size=8", "--learning_rate=1e-3", "--dropout=0.1"],
+    "rm": ["--num_epochs=2", "--batch_size=16", "--learning_rate=1e-3", "--loss=pairwise"],
+    "ppo": [*PPO, "--num_outer_epoch=2", "--minibatch_size=8", "--eval_samples=4"],
+    "dpo": ["--num_epochs=2", "--batch_size=8", "--learning_rate=1e-3"],
+}
+OPTIONS = {stage: [*options, "--log_step=2"] for stage, options in OPTIONS.items()}
+# Where a signal comes: the function, and which call of it.
+MOMENTS = [
+    ("sft", "summed_loss", 9),
+    ("sft", "optimizer_step", 2),
+    ("sft", "evaluate", 1),
+    ("sft", "evaluate", 2),
+    ("rm", "score_rows", 5),
+    ("rm", "optimizer_step", 3),
+    ("dpo", "pair_logprobs", 8),
+    ("dpo", "check_first_loss", 1),
+    ("ppo", "roll_out", 3),
+    ("ppo", "score_responses", 4),
+    ("ppo", "policy_forward", 2),
+    ("ppo", "policy_forward", 5),
+    ("ppo", "optimizer_step", 4),
+]
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory, base_path, data_dir):
+    """An SFT and a reward model that nothing here changes."""
+    root = tmp_path_factory.mktemp("parents")
+    run("sft", root, data_dir, f"--model_id={base_path}", "--num_epochs=1")
+    run("rm", root, data_dir, "--num_epochs=1")
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(parents, base_path, data_dir):
+    """Start a stage in a folder, always by the same command but for what is added."""
+
+    def start(stage, ckpt_dir, *more):
+        base = [f"--model_id={base_path}"] if stage == "sft" else []
+        return run(stage, parents, data_dir, *base, *OPTIONS[stage], *more, ckpt_dir=ckpt_dir)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    """Each stage, run in one go; made when first asked for."""
+    made = {}
+
+    def folder(stage):
+        if stage not in made:
+            made[stage] = start(stage, tmp_path_factory.mktemp(f"whole_{stage}"))
+        return made[stage]
+
+    return folder
+
+
+def send_signal_at(monkeypatch, script, name, call, number=signal.SIGTERM):
+    """Send a signal to this process when a function of a script is called for the n-th time."""
+    real, calls = getattr(script, name), []
+
+    def watched(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return real(*args, **options)
+
+    monkeypatch.setattr(script, name, watched)
+
+
+def stop(stage, start, folder, name, call, number=signal.SIGTERM):
+    """Start a stage and send it a signal; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        send_signal_at(patch, SCRIPTS[stage], name, call, number)
+        start(stage, folder)
+    return caught.value.code
+
+
+@pytest.mark.parametrize(("stage", "name", "call"), MOMENTS)
+def test_resumed_run_equals_uninterrupted_run(stage, name, call, start, undisturbed, tmp_path):
+    assert stop(stage, start, tmp_path, name, call) == 143
+    start(stage, tmp_path)
+    assert content(tmp_path) == content(undisturbed(stage))
+
+
+def test_a_run_can_be_stopped_at_every_step(start, undisturbed, tmp_path, capsys):
+    for _ in range(4):
+        assert stop("ppo", start, tmp_path, "optimizer_step", 1, signal.SIGINT) == 130
+        told = capsys.readouterr().out.splitlines()
+        assert told[-1].startswith("stopped by SIGINT after step ")
+        assert len([*(tmp_path / ".resume").glob("state-*")]) == 2
+    start("ppo", tmp_path)
+    assert content(tmp_path) == content(undisturbed("ppo"))
+
+
+def test_an_interrupted_epoch_keeps_the_checkpoints_before_it(start, undisturbed, tmp_path):
+    stop("sft", start, tmp_path, "evaluate", 3)  # before training, after epoch 1, after epoch 2
+    whole = undisturbed("sft")
+    (first,) = [path.name for path in whole.glob("*_epoch=1_*")]
+    assert [path.name for path in tmp_path.glob("[!.]*_epoch=*")] == [first]
+    assert os.readlink(tmp_path / "best") == first
+
+
+def test_dropout_goes_on_where_it_was(start, undisturbed, tmp_path, monkeypatch):
+    """Without its generator's state, a resumed run of SFT would drop other units."""
+    stop("sft", start, tmp_path, "optimizer_step", 3)
+    monkeypatch.setattr("rlhf.resume.set_random_state", lambda *_: None)
+    start("sft", tmp_path)
+    assert content(tmp_path) != content(undisturbed("sft"))
+
+
+# What else may be in the folder
+
+
+def test_a_finished_run_started_again_does_nothing(start, undisturbed, tmp_path, capsys):
+    folder = shutil.copytree(undisturbed("sft"), tmp_path / "sft", symlinks=True)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    start("sft", folder)
+    assert "this very run is finished; best checkpoint: " in capsys.readouterr().out
+    start("sft", folder, "--keep=1", "--save_every=1", "--log_step=3", "--report_to=none")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    with pytest.raises(InputError, match=r"--resume=must: .* is finished"):
+        start("sft", folder, "--resume=must")
+
+
+def test_a_finished_run_started_otherwise_moves_away_whole(start, undisturbed, tmp_path, capsys):
+    folder = shutil.copytree(undisturbed("sft"), tmp_path / "sft", symlinks=True)
+    whole = content(folder)
+    start("sft", folder, "--learning_rate=2e-3")
+    assert f"is now in {folder / 'earlier/1'}" in capsys.readouterr().out
+    assert content(folder / "earlier/1") == whole
+    assert content(folder) != whole
+
+
+def test_a_stopped_run_started_otherwise_tells_the_differences(start, tmp_path, data_dir):
+    folder = tmp_path / "sft"
+    stop("sft", start, folder, "optimizer_step", 3)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError) as caught:
+        start("sft", folder, "--learning_rate=2e-3", "--seed=1")
+    told = str(caught.value)
+    assert "(--learning_rate was 0.001, is 0.002; --seed was 42, is 1)" in told
+    assert "--resume=never" in told
+    assert sorted(folder.rglob("*")) == before
+    start("sft", folder, "--learning_rate=2e-3", "--resume=never")
+    assert (folder / "earlier/1/.resume").is_dir()
+
+
+def test_changed_data_or_a_changed_parent_is_a_difference(start, parents, base_path, tmp_path):
+    copy = shutil.copytree(base_path, tmp_path / "base")
+    folder = tmp_path / "sft"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        send_signal_at(patch, run_sft, "optimizer_step", 2)
+        start("sft", folder, f"--model_id={copy}")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
+    with pytest.raises(InputError, match=r"--model_id=.*/base: its content has changed"):
+        start("sft", folder, f"--model_id={copy}")
+    # The same content under another name is the same model.
+    shutil.copytree(base_path, tmp_path / "elsewhere" / "base")
+    start("sft", folder, f"--model_id={tmp_path}/elsewhere/base")
+
+
+def test_must_goes_on_or_fails(start, undisturbed, tmp_path):
+    with pytest.raises(InputError, match=r"--resume=must: .* holds no state"):
+        start("sft", tmp_path / "sft", "--resume=must")
+    assert not (tmp_path / "sft").exists()
+    stop("sft", start, tmp_path / "sft", "optimizer_step", 3)
+    start("sft", tmp_path / "sft", "--resume=must")
+    assert content(tmp_path / "sft") == content(undisturbed("sft"))
+
+
+def flip(path, place=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "facts.json", "SHA256SUMS"])
+def test_a_damaged_state_is_told_and_the_older_one_serves(
+    name, start, undisturbed, tmp_path, capsys
+):
+    stop("sft", start, tmp_path, "evaluate", 3)
+    newest = max((tmp_path / ".resume").glob("state-*"))
+    flip(newest / name)
+    start("sft", tmp_path)
+    assert f"note: {newest} is damaged" in capsys.readouterr().out
+    assert content(tmp_path) == content(undisturbed("sft"))
+
+
+def test_nothing_is_made_up_if_every_state_is_damaged(start, tmp_path):
+    stop("sft", start, tmp_path, "evaluate", 3)
+    states = sorted((tmp_path / ".resume").glob("state-*"))
+    assert len(states) == 2
+    for state in states:
+        (state / "tensors.safetensors").unlink()
+    with pytest.raises(InputError, match=r"every state .* is damaged; --resume=never"):
+        start("sft", tmp_path)
+    assert rows(tmp_path)  # what was logged is not lost either
+    for state in states:
+        shutil.rmtree(state)
+    with pytest.raises(InputError, match=r"there is no state in .*; --resume=never"):
+        start("sft", tmp_path)
+
+
+def test_a_damaged_record_of_the_run_is_told(start, tmp_path):
+    stop("sft", start, tmp_path, "optimizer_step", 3)
+    flip(tmp_path / ".resume/run.json")
+    with pytest.raises(InputError, match=r"run\.json, which tells what it was made from, is dam"):
+        start("sft", tmp_path)
+
+
+def test_keep_leaves_the_newest_and_the_best(start, tmp_path):
+    start("sft", tmp_path, "--keep=1", "--num_epochs=4", "--learning_rate=0.1")
+    kept = {path.name for path in tmp_path.glob("[!.]*_epoch=*")}
+    (newest,) = [path.name for path in tmp_path.glob("*_epoch=4_*")]
+    assert kept == {newest, os.readlink(tmp_path / "best")}
+
+
+# Memory and disk
+
+
+def test_out_of_memory_halves_the_room_and_changes_no_result(start, undisturbed, tmp_path, capsys):
+    real, rooms = run_sft.add_gradient, []
+
+    def small_memory(*args):
+        rooms.append(args[-1].tokens)
+        result = real(*args)
+        if args[-1].tokens > 256:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_sft, "add_gradient", small_memory)
+        start("sft", tmp_path, "--dropout=0")
+    assert rooms[:6] == [8192, 4096, 2048, 1024, 512, 256] and set(rooms[6:]) == {256}
+    assert "note: out of memory; going on with 256 tokens in a forward" in capsys.readouterr().out
+    whole = start("sft", tmp_path / "whole", "--dropout=0")
+    for ours, theirs in zip(rows(tmp_path), rows(whole), strict=True):
+        for row in (ours, theirs):
+            row.pop("tokens_per_second", None)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_too_much_memory_for_one_sequence_is_told(start, tmp_path):
+    def no_memory(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_sft, "add_gradient", no_memory)
+        with pytest.raises(RunError, match=r"one sequence .* --max_len or --batch_size"):
+            start("sft", tmp_path, "--micro_batch_size=2")
+
+
+def test_other_errors_are_no_lack_of_memory():
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert is_out_of_memory(MemoryError())
+
+
+def test_a_disk_that_is_too_small_is_told_before_training(start, tmp_path, monkeypatch):
+    usage = SimpleNamespace(total=0, used=0, free=50_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match=r"checkpoints and the state .* take about .* free"):
+        start("sft", tmp_path)
+    monkeypatch.undo()
+    start("sft", tmp_path)  # after something was freed, the same command goes on
+
+
+def test_room_is_halved_down_to_one():
+    room, seen = Room(5), []
+    while room:
+        seen.append(room.sequences)
+        room = room.halved()
+    assert seen == [5, 2, 1]
