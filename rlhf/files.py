@@ -9,7 +9,7 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rlhf.errors import InputError
@@ -56,12 +56,9 @@ def download(dataset: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
-    failures = (EntryNotFoundError, HTTPError, OSError, ValueError)
-    unreachable = None
-    try:  # snapshot_download alone waits minutes for a Hub that does not answer
-        HfApi().dataset_info(dataset, revision=revision, timeout=HUB_TIMEOUT)
-    except failures as error:
-        unreachable = error
+    unreachable = hub_failure(
+        lambda: HfApi().dataset_info(dataset, revision=revision, timeout=HUB_TIMEOUT)
+    )
     try:
         folder = snapshot_download(
             dataset,
@@ -70,7 +67,7 @@ def download(dataset: str, revision: str | None) -> Path:
             allow_patterns=[f"*{suffix}" for suffix in SUFFIXES],
             local_files_only=unreachable is not None,
         )
-    except failures as error:
+    except (EntryNotFoundError, HTTPError, OSError, ValueError) as error:
         cause = unreachable or error
         raise InputError(
             f"--dataset={dataset}: neither a file nor a folder here, nor given by the Hugging Face "
@@ -78,6 +75,20 @@ def download(dataset: str, revision: str | None) -> Path:
             f"without the Hub, give a local .jsonl, .json or .parquet file"
         ) from cause
     return Path(folder)
+
+
+def hub_failure(ask: Callable[[], object]) -> Exception | None:
+    """Ask the Hub something; return why it did not answer, or None.
+
+    A download alone waits minutes for a Hub that does not answer.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        ask()
+    except (HTTPError, OSError, ValueError) as error:
+        return error
+    return None
 
 
 def read_rows(path: Path) -> Iterator[object]:

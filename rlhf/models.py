@@ -6,11 +6,12 @@ padded. The shift by one between a state and the token that it predicts happens 
 """
 
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -29,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.batches import Batch
 from rlhf.errors import InputError
+from rlhf.files import HUB_TIMEOUT, hub_failure
 from rlhf.tokens import encode_texts, prepare_tokenizer
 
 REWARD_MODEL, LANGUAGE_MODEL = "a reward model", "a language model"
@@ -44,14 +46,23 @@ def from_pretrained(auto_class: Any, path: str, flag: str, **options: Any) -> An
         raise InputError(f"{flag}={path}: no such checkpoint folder; name one, such as .../best")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"{flag}={path}: is not a checkpoint (it holds no config.json)")
+    options |= {"trust_remote_code": False, "local_files_only": not is_within_reach(path)}
     try:
-        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
+        return auto_class.from_pretrained(path, **options)
     except Exception as error:  # the libraries raise a dozen kinds; all mean: cannot be loaded
         cause = str(error).strip().split("\n")[0]
         raise InputError(
             f"{flag}={path}: cannot be loaded ({type(error).__name__}: {cause}); give a checkpoint"
             " folder, or a Hub id that can be reached"
         ) from error
+
+
+@cache
+def is_within_reach(path: str) -> bool:
+    """Whether a checkpoint is a folder, or the Hub answers for it; else the Hub's cache serves."""
+    if Path(path).is_dir():
+        return True
+    return hub_failure(lambda: HfApi().model_info(path, timeout=HUB_TIMEOUT)) is None
 
 
 def read_config(path: str, *, flag: str, kind: str, max_len: int) -> PretrainedConfig:

@@ -25,7 +25,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "token_cache": set(),
     "tokens": {"records", "token_cache"},
     "batches": {"tokens"},
-    "models": {"batches", "tokens"},
+    "models": {"batches", "files", "tokens"},
     "sampling": set(),
     "kv_cache": set(),
     "generation": {"batches", "kv_cache", "logprobs", "sampling"},
