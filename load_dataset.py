@@ -33,6 +33,7 @@ from rlhf.records import (
     PairRecord,
     ScoredRecord,
     describe,
+    end_replacing,
     pair_record,
     replace_splits,
     scored_records,
@@ -40,6 +41,8 @@ from rlhf.records import (
 )
 from rlhf.sources import Example, UnusablePrompt, form_of, num_responses, parse_row
 from rlhf.splits import SPLITS, Counts, Splits, divide_into_splits
+
+UNFINISHED = ".unfinished"  # in --data_dir: splits on their way
 
 
 def build_parser() -> Parser:
@@ -100,6 +103,8 @@ def main(args: argparse.Namespace) -> None:
     data_dir.mkdir(parents=True, exist_ok=True)
     try:
         with Lock(data_dir, flag="--data_dir"):
+            end_replacing(data_dir, data_dir / UNFINISHED)  # of a run that was killed
+            shutil.rmtree(data_dir / UNFINISHED, ignore_errors=True)
             make_splits(args)
     finally:
         if is_new and not any(data_dir.iterdir()):
@@ -231,8 +236,7 @@ def write_splits(
 ) -> dict[str, Any]:
     """Write splits and manifest aside, then put them in place of the old; return the manifest."""
     data_dir = Path(args.data_dir)
-    finished = data_dir / ".unfinished"
-    shutil.rmtree(finished, ignore_errors=True)  # of a run that was killed
+    finished = data_dir / UNFINISHED
     finished.mkdir(parents=True)
     try:
         files: dict[str, dict[str, Any]] = {}
@@ -249,6 +253,7 @@ def write_splits(
             print(f"replacing the splits that are in {data_dir}")
         replace_splits(data_dir, finished)
     finally:
+        end_replacing(data_dir, finished)
         shutil.rmtree(finished, ignore_errors=True)
     return manifest
 

@@ -37,6 +37,7 @@ from rlhf.checkpoints import load_tensors, save_tensors, weights_fingerprint
 from rlhf.errors import RunError, run_script
 from rlhf.logprobs import sequence_logprobs, token_logprobs
 from rlhf.losses import dpo_loss
+from rlhf.memory import fit
 from rlhf.metrics import Metrics, say
 from rlhf.models import (
     LANGUAGE_MODEL,
@@ -136,10 +137,10 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     if cached and cached[1] == made_from:
         ref_logprobs = cached[0]
     else:
-        ref_logprobs = {
-            side: all_logprobs(policy, pad_id, runtime, some, room)
-            for side, some in (("train", pairs), ("eval", heldout))
-        }  # (number of pairs, 2) each
+        ref_logprobs = {}  # (number of pairs, 2) each
+        for side, some in (("train", pairs), ("eval", heldout)):
+            compute = partial(all_logprobs, policy, pad_id, runtime, some)
+            ref_logprobs[side], room = fit(compute, room, runtime.device)
     lengths = [max(map(sample_length, pair)) for pair in pairs]
     plan = plan_epochs(
         lengths,

@@ -54,6 +54,7 @@ from rlhf.experience import (
 from rlhf.generation import Rollout, decoder_name
 from rlhf.losses import ppo_policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_sum, masked_whiten
+from rlhf.memory import fit
 from rlhf.metrics import Metrics, say, show_samples
 from rlhf.models import (
     LANGUAGE_MODEL,
@@ -72,6 +73,7 @@ from rlhf.resume import Progress
 from rlhf.rewards import (
     RewardFacts,
     Scorer,
+    file_of,
     read_reward_facts,
     score_by_function,
     score_by_model,
@@ -212,7 +214,7 @@ def main(args: argparse.Namespace) -> None:
     say(changed_since_written(args.data_dir))
     inputs = {"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir}
     if args.reward_fn:
-        inputs["--reward_fn"] = args.reward_fn.rpartition(":")[0]
+        inputs["--reward_fn"] = file_of(args.reward_fn)
     else:
         inputs["--rm_model_path"] = args.rm_model_path
     with RunFolder(
@@ -244,7 +246,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     if not args.reward_fn:
         reward_model = load_reward(args, runtime.device, eos_id)
         mean_reward = reward_facts.reward_mean
-        score = score_by_model(reward_model, reward_facts, runtime=runtime, room=room)
+        score = score_by_model(reward_model, reward_facts, runtime=runtime)
     sampling = Sampling(
         do_sampling=args.do_sampling,
         temperature=args.temperature,
@@ -269,7 +271,9 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     )
     judge = partial(evaluate, args, actors, tokenizer, score, heldout)
     # Whatever may fail does so here, before an earlier run is moved away.
-    untrained = None if folder.standing == "stopped" else judge(room)
+    untrained = None
+    if folder.standing == "new":
+        untrained, room = fit(judge, room, runtime.device)
     say(decoder_name(policy))
     say(warn_of_little_exploration(args))
     say(folder.start())
@@ -291,7 +295,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         save_every=args.save_every,
     ) as progress:
         if not metrics.rows:
-            metrics.add_epoch(0, untrained or judge(room))
+            metrics.add_epoch(0, untrained or progress.fitting(judge))
             if args.reward_fn:
                 torch.nn.init.constant_(critic.head.bias, metrics.rows[0]["eval_scores"])
         for epoch, batches in progress.left():
@@ -370,7 +374,8 @@ def gather(
     mask = rollout.batch.response_mask  # (B, R)
     # 2 score: judge whole responses; one that did not end by itself pays for it
     texts = [prompts.texts[row] for row in rows]
-    scores = score_responses(args, score, tokenizer, texts, rollout)  # (B,)
+    judge = partial(score_responses, args, score, tokenizer, texts, rollout)
+    scores = progress.fitting(judge)  # (B,)
     # 3 reward: the score on the last token, the KL penalty on every token
     numbers = progress.fitting(partial(token_numbers, actors, rollout))  # (B, R) each
     if step == 1:
@@ -393,10 +398,11 @@ def score_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     rollout: Rollout,
+    room: Room,
 ) -> Tensor:  # (B,)
     """Score responses; one that was cut off stays as it is and pays `missing_eos_penalty`."""
     responses = decode_responses(tokenizer, rollout)
-    scores = score(prompts, responses, rollout.batch, rollout.ended)
+    scores = score(prompts, responses, rollout.batch, rollout.ended, room)
     return scores - args.missing_eos_penalty * (~rollout.ended).float()
 
 
@@ -525,7 +531,7 @@ def evaluate(
         noise_key = (args.seed, 0)  # no training step has this one
         rollout = roll_out(actors, [heldout.ids[row] for row in rows], rows, noise_key, room)
         texts = [heldout.texts[row] for row in rows]
-        scores = score_responses(args, score, tokenizer, texts, rollout)
+        scores = score_responses(args, score, tokenizer, texts, rollout, room)
         kl = token_numbers(actors, rollout, room).kl.sum(dim=1)
         lengths = rollout.batch.response_mask.sum(dim=1)
         columns.append(torch.stack((scores, kl, lengths, rollout.ended)))

@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
         stage="rm",
         inputs={"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir},
         arguments=vars(args),
-        data=fingerprint(args.data_dir),
+        data={**fingerprint(args.data_dir), "score_scale": list(score_scale(args.data_dir))},
         resume=args.resume,
         keep=args.keep,
     ) as folder:

@@ -158,7 +158,6 @@ def our_ppo(task: Task, sft_path: str, rm_path: str) -> Step:
         run_ppo.load_reward(args, task.runtime.device, eos_id),
         RewardFacts("pairwise", args.max_reward, logit_mean=0.0, reward_mean=0.0),
         runtime=task.runtime,
-        room=room,
     )
     plan = [[PlannedBatch(list(rows), 0.0)] * MANY]
     schedules = run_ppo.build_schedules(args, actors.policy, actors.critic, plan)

@@ -24,6 +24,7 @@
     checkpoints  folders that other tools load, and `run.json`
     run_folder   one run of a stage: what it was made from, its checkpoints, `best`
     metrics      console, metrics.jsonl, trackers, training.png
+    memory       what does not fit into it is done again in smaller parts
     resume       what a stopped run goes on from, and how it is stopped
     runtime      device, precision, seeds
     arguments    argument types and checks

@@ -147,7 +147,7 @@ def add_training_arguments(
         "--micro_batch_size",
         type=count,
         default=0,
-        help="sequences in one forward: memory only, same result (0 = chosen from their lengths)",
+        help="sequences in one forward: memory only, same gradient (0 = chosen from their lengths)",
     )
     add_boolean(
         parser,

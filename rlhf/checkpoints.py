@@ -158,8 +158,12 @@ def load_tensors(
     """Read back what `save_tensors` wrote; None if it is not there, or not as it was written."""
     if flaw_of(folder) is not None:
         return None
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return load_file(folder / TENSORS, device=str(device)), facts
+    return load_file(folder / TENSORS, device=str(device)), load_facts(folder)
+
+
+def load_facts(folder: Path) -> dict[str, Any]:
+    """Read what is to be known of the tensors that `save_tensors` wrote."""
+    return json.loads((folder / FACTS).read_text(encoding="utf-8"))
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

@@ -74,8 +74,7 @@ def commit(temporary: Path, final: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     if temporary.is_dir():
-        write_checksums(temporary)
-        told = (temporary / CHECKSUMS).read_text(encoding="utf-8")
+        told = write_checksums(temporary)
         if flaw_of(final, told=told) is None:
             shutil.rmtree(temporary)
             return
@@ -103,10 +102,12 @@ def checksums(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in names if name not in FREE_TO_CHANGE}
 
 
-def write_checksums(folder: Path) -> None:
-    """Note in a folder what its files are now."""
-    text = "".join(f"{digest}  {name}\n" for name, digest in checksums(folder).items())
+def write_checksums(folder: Path) -> str:
+    """Note in a folder what its files are now; returns the note, whose last line ends it."""
+    lines = [f"{digest}  {name}" for name, digest in checksums(folder).items()]
+    text = "\n".join([*lines, f"# {len(lines)} files"]) + "\n"
     (folder / CHECKSUMS).write_text(text, encoding="utf-8")
+    return text
 
 
 def flaw_of(folder: Path, *, told: str | None = None) -> str | None:
@@ -116,13 +117,14 @@ def flaw_of(folder: Path, *, told: str | None = None) -> str | None:
             told = (folder / CHECKSUMS).read_text(encoding="utf-8")
         except (OSError, ValueError):
             return f"its {CHECKSUMS} cannot be read"
-    expected = {}
-    for line in told.splitlines():
-        digest, _, name = line.partition("  ")
-        expected[name] = digest
-    if not expected:
-        return f"its {CHECKSUMS} is empty"
-    seen = checksums(folder) if folder.is_dir() else {}
+    lines = told.splitlines()
+    if not lines or lines.pop() != f"# {len(lines)} files":
+        return f"its {CHECKSUMS} is not whole"
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    try:
+        seen = checksums(folder) if folder.is_dir() else {}
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     for name, digest in expected.items():
         if name in FREE_TO_CHANGE:
             continue
@@ -145,7 +147,8 @@ def without_nan(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON; what JSON can't hold becomes null."""
     text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    # What UTF-8 has not, as in names of files that are none, JSON escapes in the same way.
+    path.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def digest_of(value: Any) -> str:
@@ -217,11 +220,18 @@ class Lock:
         os.truncate(self.descriptor, 0)
         holder = f"process {os.getpid()} on {socket.gethostname()}\n"
         os.write(self.descriptor, holder.encode())
+        os.register_at_fork(after_in_child=self.forget)
 
     def release(self) -> None:
         """Let others use the folder."""
         self.path.unlink(missing_ok=True)
-        os.close(self.descriptor)
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold the lock no longer: a child that a process forks would hold it beyond its end."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def __enter__(self) -> Self:
         return self

@@ -46,9 +46,9 @@ def from_pretrained(auto_class: Any, path: str, flag: str, **options: Any) -> An
         raise InputError(f"{flag}={path}: no such checkpoint folder; name one, such as .../best")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"{flag}={path}: is not a checkpoint (it holds no config.json)")
-    options |= {"trust_remote_code": False, "local_files_only": not is_within_reach(path)}
+    options["local_files_only"] = not is_within_reach(path)
     try:
-        return auto_class.from_pretrained(path, **options)
+        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # the libraries raise a dozen kinds; all mean: cannot be loaded
         cause = str(error).strip().split("\n")[0]
         raise InputError(

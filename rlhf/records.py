@@ -21,6 +21,7 @@ from rlhf.sources import SCALE, Example, Prompt, UnusablePrompt, as_prompt, prom
 from rlhf.splits import SIDES, SPLITS, Counts, Splits
 
 MANIFEST = "manifest.json"
+OLD = "old"
 REMEDY = "make it with sh exec_load_dataset.sh"
 
 
@@ -136,18 +137,26 @@ def replace_splits(data_dir: Path, finished: Path) -> None:
     """Move the manifest and the splits in `finished` into `data_dir`, in place of the old ones.
 
     The old ones leave (for `finished/old`) before the first new one comes, and a manifest is there
-    as long as a split is: if this is interrupted, what can be seen is whole and of one making.
+    as long as a split is: if this is interrupted, what can be seen is whole and of one making, and
+    `end_replacing` ends it.
     """
     sync_tree(finished)
-    old = finished / "old"
-    old.mkdir()
+    (finished / OLD).mkdir()
     for name in (*SPLITS, MANIFEST):
         if (data_dir / name).exists():
-            (data_dir / name).rename(old / name)
-    for name in (MANIFEST, *SPLITS):
-        if (finished / name).exists():
-            (finished / name).rename(data_dir / name)
-    sync_to_disk(data_dir)
+            (data_dir / name).rename(finished / OLD / name)
+    (finished / MANIFEST).rename(data_dir / MANIFEST)
+    end_replacing(data_dir, finished)
+
+
+def end_replacing(data_dir: Path, finished: Path) -> None:
+    """Bring all new splits in if the first of them is there, and else all old ones back."""
+    if (finished / OLD).exists():
+        source = finished / OLD if (finished / MANIFEST).exists() else finished
+        for name in (*SPLITS, MANIFEST):
+            if (source / name).exists():
+                (source / name).rename(data_dir / name)
+        sync_to_disk(data_dir)
 
 
 def read_split(

@@ -13,26 +13,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.batches import PlannedBatch, Room
-from rlhf.checkpoints import load_tensors, save_tensors
+from rlhf.checkpoints import load_facts, load_tensors, save_tensors
 from rlhf.disk import remove, require_space
-from rlhf.errors import InputError, RunError, is_out_of_memory
+from rlhf.errors import InputError
+from rlhf.memory import Result, fit, random_state, set_random_state
 from rlhf.metrics import Metrics, say
 from rlhf.run_folder import EARLIER, RESUME, STATES, RunFolder
 
 GENERATIONS = 2  # of the state: should the newer one be damaged, there is the older
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-Result = TypeVar("Result")
 
-
-class Stopped(BaseException):
+class Stopped(SystemExit):
     """A signal has told the run to stop. No `except Exception` on the way may keep it."""
 
 
@@ -81,41 +80,20 @@ class Progress:
             done = max(0, done - len(batches))
 
     def fitting(self, attempt: Callable[[Room], Result]) -> Result:
-        """Do what may run out of memory; if it does, do it again with half the room for a forward.
-
-        What it accumulates is an optimisation batch's gradient, which does not depend on the room.
-        Raises: RunError if one sequence is too much.
-        """
-        while True:
-            before = random_state(self.device)
-            try:
-                return attempt(self.room)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                smaller = self.room.halved()
-                if smaller is None:
-                    raise RunError(
-                        "out of memory with one sequence in a forward; lower --max_len or"
-                        " --batch_size, or add --gradient_checkpointing"
-                    ) from error
-            # Only now are the failed attempt's tensors free: the error held them.
-            self.room = smaller
-            for schedule in self.schedules:
-                schedule.optimizer.zero_grad(set_to_none=True)
-            set_random_state(before, self.device)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            say(f"note: out of memory; going on with {smaller} in a forward, same result")
+        """Do what may run out of memory, as `fit` does; the room that it took stays."""
+        result, self.room = fit(attempt, self.room, self.device, self.schedules)
+        return result
 
     # How it is stopped
 
     def __enter__(self) -> Self:
         self.handlers: dict[int, Any] = {}
+        self.in_whole = True  # until all of them are there
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and & set it
                     self.handlers[number] = signal.signal(number, self.on_signal)
+        self.in_whole = False
         return self
 
     def on_signal(self, number: int, _: object) -> None:
@@ -124,7 +102,7 @@ class Progress:
             os._exit(128 + number)
         self.signal = number
         if not self.in_whole:
-            raise Stopped
+            raise Stopped(128 + number)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -140,7 +118,7 @@ class Progress:
         finally:
             self.in_whole = False
         if self.signal:
-            raise Stopped
+            raise Stopped(128 + self.signal)
 
     def __exit__(
         self,
@@ -159,7 +137,6 @@ class Progress:
         if isinstance(error, Stopped):
             name = signal.Signals(self.signal).name
             say(f"stopped by {name} after step {self.metrics.step}; the same command goes on")
-            raise SystemExit(128 + self.signal) from None
 
     # The state on the disk
 
@@ -196,27 +173,34 @@ class Progress:
         save_tensors(self.folder.path / RESUME / f"state-{number:06}", tensors, facts)
         for old in self.states()[GENERATIONS:]:
             remove(old)
-        self.changed, self.saved_epochs = False, len(self.metrics.rows)
+        # Not before: a state that names a checkpoint as the best must find it.
+        self.folder.remove_older({load_facts(state).get("best") for state in self.states()})
+        self.changed, self.saved_epochs = False, max(1, len(self.metrics.rows))
         self.saved_at = time.monotonic()
 
     def restore(self) -> None:
         """Go on from the newest state that is as it was written. Raises: InputError."""
-        states, loaded = self.states(), None
+        states, loaded, damaged = self.states(), None, []
         for state in states:
             loaded = load_tensors(state, device=self.device)
             if loaded:
                 break
+            damaged.append(state)
             say(f"note: {state} is damaged; looking for an older state")
         if loaded is None:
             self.require_nothing_lost(states)
             return
+        for state in damaged:  # it would count as one of the two
+            remove(state)
         tensors, facts = loaded
         if missing := self.weights().keys() - tensors.keys():
             raise InputError(
                 f"--ckpt_dir={self.folder.path}: its state has no {min(missing)}: it was written by"
                 " other versions; go on with those, or start afresh with --resume=never"
             )
-        self.random = {name: tensors.pop(name).cpu() for name in [*tensors] if "random." in name}
+        self.random = {
+            name: tensors.pop(name).cpu() for name in [*tensors] if name.startswith("random.")
+        }
         set_random_state(self.random, self.device)
         for name, tensor in self.weights().items():
             tensor.copy_(tensors.pop(name))
@@ -258,7 +242,7 @@ class Progress:
         # A state holds each weight and AdamW's two moments, and is whole before the oldest goes.
         needed = checkpoints * sizes[0] + (GENERATIONS + 1) * 3 * sum(sizes)
         for entry in self.folder.path.iterdir():  # what stands there already
-            if entry.name != EARLIER:
+            if entry.name != EARLIER and not entry.is_symlink():
                 needed -= sum(p.stat().st_size for p in entry.rglob("*") if p.is_file())
         what = f"{checkpoints} checkpoints and the state of the run"
         remedy = "free some, or keep fewer by --keep"
@@ -275,18 +259,3 @@ def restore_optimizer(
             index, _, key = name.removeprefix(prefix).partition(".")
             moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Give the state of torch's generators, which dropout draws from."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set torch's generators back to a state."""
-    torch.set_rng_state(states["random.cpu"])
-    if "random.cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["random.cuda"], device)

@@ -1,6 +1,7 @@
 """Scores: from annotators, from a reward model's logit, from a Python function."""
 
 import importlib
+import importlib.util
 import inspect
 import math
 import runpy
@@ -16,8 +17,8 @@ from rlhf.errors import InputError, RunError
 from rlhf.models import reward_logits
 from rlhf.runtime import Runtime
 
-# prompts, responses, the same as ids, which responses ended by themselves -> (B,)
-Scorer = Callable[[list[str], list[str], Batch, Tensor], Tensor]
+# prompts, responses, the same as ids, which responses ended by themselves, room -> (B,)
+Scorer = Callable[[list[str], list[str], Batch, Tensor, Room], Tensor]
 
 
 def target_rewards(
@@ -83,13 +84,13 @@ def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> R
     return facts
 
 
-def score_by_model(
-    model: PreTrainedModel, facts: RewardFacts, *, runtime: Runtime, room: Room
-) -> Scorer:
+def score_by_model(model: PreTrainedModel, facts: RewardFacts, *, runtime: Runtime) -> Scorer:
     """Score by a reward model, on the very ids that were sampled."""
 
     @torch.no_grad()
-    def score(prompts: list[str], responses: list[str], batch: Batch, ended: Tensor) -> Tensor:
+    def score(
+        prompts: list[str], responses: list[str], batch: Batch, ended: Tensor, room: Room
+    ) -> Tensor:
         logits = torch.zeros(len(ended), device=ended.device)
         for rows, micro in micro_batches_by_length(batch, range(len(ended)), room):
             with runtime.autocast():
@@ -116,7 +117,9 @@ def score_by_function(spec: str) -> Scorer:
     except ValueError:  # some functions written in C tell nothing
         wants_ended = False
 
-    def score(prompts: list[str], responses: list[str], batch: Batch, ended: Tensor) -> Tensor:
+    def score(
+        prompts: list[str], responses: list[str], batch: Batch, ended: Tensor, room: Room
+    ) -> Tensor:
         options = {"ended": ended.tolist()} if wants_ended else {}
         try:
             values = [float(value) for value in function(prompts, responses, **options)]
@@ -131,6 +134,16 @@ def score_by_function(spec: str) -> Scorer:
         return torch.tensor(values, device=ended.device)
 
     return score
+
+
+def file_of(spec: str) -> str:
+    """Name the file that `file.py:function` or `module:function` comes from, if there is one."""
+    source = spec.rpartition(":")[0]
+    try:
+        found = None if source.endswith(".py") else importlib.util.find_spec(source)
+    except (ImportError, ValueError):
+        found = None
+    return found.origin if found and found.origin else source
 
 
 def import_function(spec: str, *, flag: str) -> Callable[..., Any]:

@@ -1,12 +1,12 @@
 """RUN FOLDER: one run of a stage: what it was made from, its checkpoints, and the best of them.
 
-A run folder has one process at a time. The same command goes on where its run was stopped; another
-one never overwrites what is there.
+The same command goes on where its run was stopped; another never overwrites what is there.
 """
 
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -76,8 +76,7 @@ def check_run_folder(folder: Path, inputs: Mapping[str, str]) -> None:
 def move_to_earlier(folder: Path) -> str:
     """Move the run that a folder holds, if any, whole into `earlier/<n>/`; return a line or "".
 
-    A move that a crash cut short is finished first: what tells how to go on with a run moves first,
-    so that nobody goes on with a half.
+    What tells how to go on with it moves first: if this is cut short, nobody goes on with a half.
     """
     earlier = folder / EARLIER
     numbers = [int(entry.name) for entry in earlier.glob("*") if entry.name.isdigit()]
@@ -88,8 +87,8 @@ def move_to_earlier(folder: Path) -> str:
     hidden(destination).mkdir(parents=True, exist_ok=True)
     for entry in sorted(entries, key=lambda entry: entry.name != RESUME):
         entry.rename(hidden(destination) / entry.name)
-    for changed in (hidden(destination), folder):
-        sync_to_disk(changed)
+    sync_to_disk(hidden(destination))
+    sync_to_disk(folder)
     hidden(destination).rename(destination)
     sync_to_disk(earlier)
     return f"the earlier run in {folder} is now in {destination}"
@@ -118,8 +117,8 @@ class RunFolder:
     "auto" (go on with a run that was stopped), "never" (start afresh) or "must" (go on or fail).
     `standing` tells what there is to do: "new", "stopped" or "finished".
 
-    Nothing is written before `start`. Raises: InputError if the folder cannot take
-    the run, another process holds it, an input is damaged, or a run that was stopped was another.
+    Nothing is written before `start`. Raises: InputError if the folder cannot take the run, another
+    process holds it, an input is damaged, or a run that was stopped was another.
     """
 
     def __init__(
@@ -138,6 +137,7 @@ class RunFolder:
         for flag, read in inputs.items():
             require_undamaged(read, flag=flag)
         self.lowest = math.inf
+        self.saved: dict[int, str] = {}  # names of the checkpoints by epoch, as far as saved here
         flag, parent = next(iter(inputs.items()))
         self.model = model_name(parent, flag=flag)
         # An input is the same wherever it lies, and another if its content is.
@@ -169,7 +169,6 @@ class RunFolder:
 
     def find_standing(self) -> str:
         """Decide what there is to do in this folder. Raises: InputError."""
-        here = f"--ckpt_dir={self.path}"
         if self.resume == "never":
             return "new"
         record = self.read_record()
@@ -185,7 +184,7 @@ class RunFolder:
             return "finished" if is_there and not changed else "new"
         if changed:
             raise InputError(
-                f"{here}: holds a run that was stopped and was started otherwise"
+                f"--ckpt_dir={self.path}: holds a run that was stopped and was started otherwise"
                 f" ({'; '.join(changed)}); start it as before to go on with it, or with"
                 f" --resume=never, and it moves to {self.path / EARLIER}"
             )
@@ -207,8 +206,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = Lock(self.path, flag="--ckpt_dir")
         except OSError as error:
-            cause = f"cannot be written to ({error.strerror})"
-            raise InputError(f"--ckpt_dir={self.path}: {cause}; name another") from error
+            told = f"--ckpt_dir={self.path}: cannot be written to ({error.strerror}); name another"
+            raise InputError(told) from error
         if self.find_standing() != self.standing:
             raise InputError(f"--ckpt_dir={self.path}: another run was here while this one loaded")
         sweep(self.path)
@@ -216,8 +215,9 @@ class RunFolder:
             sweep(self.path / RESUME)
             return ""
         moved = move_to_earlier(self.path)
-        (self.path / RESUME).mkdir()
-        self.write_record(finished=False)
+        (resume := hidden(self.path / RESUME)).mkdir()
+        self.write_record(resume, finished=False)
+        resume.rename(self.path / RESUME)
         return moved
 
     def read_record(self) -> dict[str, Any]:
@@ -233,19 +233,22 @@ class RunFolder:
             )
         return record
 
-    def write_record(self, *, finished: bool) -> None:
-        """Note what this run was made from, and whether it is finished."""
-        record = {"made_from": self.made_from, "finished": finished}
-        replace_record(self.path / RESUME / RUN_FILE, record)
+    def write_record(self, folder: Path, *, finished: bool) -> None:
+        """Note what this run was made from, and if it is finished."""
+        replace_record(folder / RUN_FILE, {"made_from": self.made_from, "finished": finished})
 
     def finish(self) -> None:
         """Note that nothing is left to do; the states that a stopped run needs go."""
-        self.write_record(finished=True)
+        self.write_record(self.path / RESUME, finished=True)
         for state in (self.path / RESUME).glob(STATES):
             remove(state)
+        self.remove_older({os.readlink(self.path / "best")})
 
     def finished_line(self) -> str:
-        """Say that there is nothing to do."""
+        """Say that there is nothing to do, and do what a crash at the very end left undone."""
+        if any((self.path / RESUME).glob(STATES)):
+            with Lock(self.path, flag="--ckpt_dir"):
+                self.finish()
         return (
             f"{self.path}: this very run is finished; best checkpoint: {self.path / 'best'} ->"
             f" {os.readlink(self.path / 'best')}. Another argument, or --resume=never, starts a new"
@@ -276,21 +279,22 @@ class RunFolder:
         if objective < self.lowest:
             self.lowest = objective
             link(self.path / "best", name)
-        self.remove_older(path, epoch)
+        self.saved[epoch] = name
         return path
 
     def restore_best(self, name: str | None, lowest: float | None) -> None:
-        """Go on from the best checkpoint of the epochs that are finished."""
-        if name is not None and lowest is not None:
+        """Go on from the best checkpoint of the epochs that are finished, if it still is there."""
+        if name is not None and lowest is not None and (self.path / name).is_dir():
             self.lowest = lowest
             link(self.path / "best", name)
 
-    def remove_older(self, newest: Path, epoch: int) -> None:
-        """Keep `keep` checkpoints (0: all), the best one always, and one of each epoch."""
-        best = os.readlink(self.path / "best")
-        for path in self.path.glob(f"[!.]*_{self.stage}_epoch=*"):
-            number = int(path.name.rpartition("_epoch=")[2].partition("_")[0])
-            is_twin = number == epoch and path != newest
-            is_old = self.keep > 0 and number <= epoch - self.keep
-            if (is_twin or is_old) and path.name != best:
+    def remove_older(self, needed: set[str | None]) -> None:
+        """Keep the newest `keep` checkpoints (0: all), those that are needed, one of each epoch."""
+        pattern = rf"{re.escape(self.model)}_{self.stage}_epoch=(\d+)_\w+=-?[\d.]+"
+        found = {p: re.fullmatch(pattern, p.name) for p in self.path.iterdir()}
+        epochs = {path: int(match[1]) for path, match in found.items() if match}
+        for path, epoch in epochs.items():
+            is_twin = self.saved.get(epoch, path.name) != path.name
+            is_old = 0 < self.keep <= max(epochs.values()) - epoch
+            if (is_twin or is_old) and path.name not in needed:
                 remove(path)

@@ -50,7 +50,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "checkpoints": {"disk"},
     "run_folder": {"checkpoints", "disk"},
     "metrics": {"disk"},
-    "resume": {"batches", "checkpoints", "disk", "metrics", "run_folder"},
+    "memory": {"batches", "metrics"},
+    "resume": {"batches", "checkpoints", "disk", "memory", "metrics", "run_folder"},
     "runtime": {"arguments"},
     "errors": set(),
 }

@@ -48,7 +48,7 @@ def test_every_change_of_a_folder_is_a_flaw(tmp_path):
     (folder / "a").unlink()
     assert flaw_of(folder) == "a is missing"
     (folder / CHECKSUMS).write_text("")
-    assert flaw_of(folder) == f"its {CHECKSUMS} is empty"
+    assert flaw_of(folder) == f"its {CHECKSUMS} is not whole"
     (folder / CHECKSUMS).unlink()
     assert flaw_of(folder) == f"its {CHECKSUMS} cannot be read"
     assert flaw_of(tmp_path / "nowhere") == f"its {CHECKSUMS} cannot be read"
@@ -134,3 +134,46 @@ def test_a_folder_that_takes_nothing_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_bytes", refuse)
     with pytest.raises(RunError, match=r"cannot be written to \(Read-only file system\); free"):
         require_space(tmp_path, 1, what="it", remedy="free some")
+
+
+def test_a_shortened_list_of_checksums_is_a_flaw(tmp_path):
+    write(hidden(tmp_path / "x"), a="one", b="two")
+    commit(hidden(tmp_path / "x"), tmp_path / "x")
+    path = tmp_path / "x" / CHECKSUMS
+    lines = path.read_text().splitlines(keepends=True)
+    for some in (lines[:1], lines[:2], lines[1:], lines[::2]):
+        path.write_text("".join(some))
+        assert flaw_of(tmp_path / "x") == f"its {CHECKSUMS} is not whole"
+
+
+def test_what_cannot_be_read_is_a_flaw(tmp_path, monkeypatch):
+    write(hidden(tmp_path / "x"), a="one")
+    commit(hidden(tmp_path / "x"), tmp_path / "x")
+
+    def broken(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("rlhf.disk.sha256_of", broken)
+    assert flaw_of(tmp_path / "x") == "it cannot be read (Input/output error)"
+
+
+def test_names_that_are_not_utf8_can_be_noted(tmp_path):
+    replace_record(tmp_path / "run.json", {"path": "d\udcff"})
+    assert read_record(tmp_path / "run.json") == {"path": "d\udcff"}
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    lock = Lock(tmp_path, flag="--x")
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(told, b"here")
+        signal.pause()
+    os.read(ready, 4)
+    os.close(lock.descriptor)  # as the end of this process would
+    lock.descriptor = -1
+    try:
+        require_unlocked(tmp_path, flag="--x")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

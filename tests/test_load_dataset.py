@@ -509,3 +509,27 @@ def test_a_changed_split_is_told(tmp_path):
     assert told == f"note: {path} is not as manifest.json tells: damaged, or changed"
     path.parent.rename(tmp_path / "own")  # a split of one's own, which no manifest tells of
     assert changed_since_written(tmp_path / "own") == ""
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_splits_are_whole_and_of_one_making_wherever_their_replacement_is_cut(
+    call, tmp_path, monkeypatch
+):
+    old = write_rows(tmp_path / "old.jsonl", [graded_row(i) for i in range(60)])
+    new = write_rows(tmp_path / "new.jsonl", [graded_row(i) for i in range(100, 180)])
+    data_dir = tmp_path / "data"
+    load(old, data_dir)
+    rename, calls = Path.rename, []
+
+    def cut(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", cut)
+        with pytest.raises(KeyboardInterrupt):
+            load(new, data_dir)
+    assert sorted(os.listdir(data_dir)) == ["manifest.json", "pref", "rm", "sft"]
+    assert all(changed_since_written(data_dir / split) == "" for split in ("sft", "rm", "pref"))

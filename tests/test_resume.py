@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import rlhf.rewards
 import run_dpo
 import run_ppo
 import run_rm
 import run_sft
 from rlhf.batches import Room
+from rlhf.disk import flaw_of
 from rlhf.errors import InputError, RunError, is_out_of_memory
+from rlhf.resume import Progress, Stopped
 from tests.faults.world import content
 from tests.test_scripts import PPO, rows, run
 
@@ -256,7 +259,10 @@ def test_out_of_memory_halves_the_room_and_changes_no_result(start, undisturbed,
         patch.setattr(run_sft, "add_gradient", small_memory)
         start("sft", tmp_path, "--dropout=0")
     assert rooms[:6] == [8192, 4096, 2048, 1024, 512, 256] and set(rooms[6:]) == {256}
-    assert "note: out of memory; going on with 256 tokens in a forward" in capsys.readouterr().out
+    assert (
+        "note: out of memory; going on with 256 tokens in a forward, the batch stays"
+        in capsys.readouterr().out
+    )
     whole = start("sft", tmp_path / "whole", "--dropout=0")
     for ours, theirs in zip(rows(tmp_path), rows(whole), strict=True):
         for row in (ours, theirs):
@@ -294,3 +300,79 @@ def test_room_is_halved_down_to_one():
         seen.append(room.sequences)
         room = room.halved()
     assert seen == [5, 2, 1]
+
+
+# What a review found
+
+
+def test_a_crash_before_the_state_leaves_the_best_checkpoint(start, tmp_path, monkeypatch):
+    """With --keep the state must name a checkpoint that is still there."""
+    with monkeypatch.context() as patch:
+        real, calls = Progress.save, []
+
+        def save(self):
+            calls.append(self)
+            if len(calls) == 3:  # before training, after epoch 1, after epoch 2
+                raise KeyboardInterrupt
+            real(self)
+
+        patch.setattr(Progress, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            start("sft", tmp_path, "--keep=1")
+    assert len([*tmp_path.glob("[!.]*_epoch=*")]) == 2
+    start("sft", tmp_path, "--keep=1")
+    assert (tmp_path / "best" / "config.json").is_file()
+    assert len([*tmp_path.glob("[!.]*_epoch=*")]) == 1
+
+
+def test_a_damaged_state_is_none_of_the_two(start, tmp_path):
+    stop("sft", start, tmp_path, "evaluate", 3)
+    flip(max((tmp_path / ".resume").glob("state-*")) / "tensors.safetensors")
+    stop("sft", start, tmp_path, "optimizer_step", 1)
+    states = sorted((tmp_path / ".resume").glob("state-*"))
+    assert len(states) == 2 and all(flaw_of(state) is None for state in states)
+
+
+def test_another_scale_of_scores_is_a_difference(start, parents, data_dir, tmp_path):
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    own = [f"--data_dir={data}/rm"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        send_signal_at(patch, run_rm, "optimizer_step", 2)
+        start("rm", tmp_path / "rm", *own)
+    (data / "manifest.json").write_text(json.dumps({"score_scale": [0, 20]}))
+    with pytest.raises(InputError, match=r"--data_dir=.*: its content has changed"):
+        start("rm", tmp_path / "rm", *own)
+
+
+def test_another_reward_function_is_a_difference(start, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "my_lengths.py"
+    module.write_text("def score(prompts, responses): return [len(r) for r in responses]")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        send_signal_at(patch, run_ppo, "optimizer_step", 2)
+        start("ppo", tmp_path / "ppo", "--reward_fn=my_lengths:score")
+    module.write_text(module.read_text().replace("len(r)", "-len(r)"))
+    with pytest.raises(InputError, match=r"--reward_fn=.*my_lengths\.py: its content has changed"):
+        start("ppo", tmp_path / "ppo", "--reward_fn=my_lengths:score")
+
+
+def test_scoring_that_does_not_fit_is_done_in_smaller_parts(start, undisturbed, tmp_path):
+    real, sizes = rlhf.rewards.reward_logits, []
+
+    def small_memory(model, batch, **options):
+        sizes.append(len(batch.response_ids))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, batch, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlhf.rewards, "reward_logits", small_memory)
+        start("ppo", tmp_path, "--micro_batch_size=16", "--max_steps=1")
+    assert 4 in sizes and max(sizes) > 4
+
+
+def test_a_signal_at_the_edge_ends_without_a_traceback(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(Progress, "__enter__", lambda self: (_ for _ in ()).throw(Stopped(143)))
+    with pytest.raises(SystemExit) as caught:
+        start("sft", tmp_path)
+    assert caught.value.code == 143

@@ -80,8 +80,8 @@ def test_a_model_scores_by_the_formula_that_its_run_json_names(base_path, sample
     for loss, rewards in expected.items():
         facts = RewardFacts(**(FACTS | {"loss": loss}))
         for size in (0, 1, 2):
-            score = score_by_model(model, facts, runtime=CPU, room=Room(size))
-            scores = score(["p"] * 3, ["r"] * 3, batch, ended)
+            score = score_by_model(model, facts, runtime=CPU)
+            scores = score(["p"] * 3, ["r"] * 3, batch, ended, Room(size))
             torch.testing.assert_close(scores, rewards, atol=1e-5, rtol=0)
             assert not scores.requires_grad
 
@@ -124,7 +124,7 @@ def write_module(folder: Path, source: str) -> str:
 def call(spec: str, prompts: list[str], responses: list[str], ended: list[bool]) -> torch.Tensor:
     unused: Any = None
     batch: Batch = unused  # a function sees text only
-    return score_by_function(spec)(prompts, responses, batch, torch.tensor(ended))
+    return score_by_function(spec)(prompts, responses, batch, torch.tensor(ended), Room(0))
 
 
 LENGTHS = """
