@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,6 +64,10 @@ class Progress:
         self.signal = 0
         self.saved_at, self.saved_epochs = time.monotonic(), 1  # epoch 0: before training
         self.random = random_state(self.device)
+        for parameter in chain.from_iterable(m.parameters() for m in modules.values()):
+            if parameter.requires_grad:
+                # A backward pass is one call, which may take long: it sees signals in Python only.
+                parameter.register_post_accumulate_grad_hook(lambda _: None)
         self.require_space()
         if folder.standing == "stopped":
             self.restore()

@@ -376,3 +376,16 @@ def test_a_signal_at_the_edge_ends_without_a_traceback(start, tmp_path, monkeypa
     with pytest.raises(SystemExit) as caught:
         start("sft", tmp_path)
     assert caught.value.code == 143
+
+
+def test_a_backward_pass_comes_by_python_at_every_weight(start, tmp_path, monkeypatch):
+    """It is one call, and may take half a minute; only in Python is a signal seen before its end."""
+    load, models = run_sft.load_policy, []
+
+    def watched(*args, **options):
+        models.append(load(*args, **options))
+        return models[0]
+
+    monkeypatch.setattr(run_sft, "load_policy", watched)
+    start("sft", tmp_path, "--max_steps=1")
+    assert all(p._post_accumulate_grad_hooks for p in models[0].parameters())
