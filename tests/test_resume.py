@@ -379,7 +379,7 @@ def test_a_signal_at_the_edge_ends_without_a_traceback(start, tmp_path, monkeypa
 
 
 def test_a_backward_pass_comes_by_python_at_every_weight(start, tmp_path, monkeypatch):
-    """It is one call, and may take half a minute; only in Python is a signal seen before its end."""
+    """It is one call, which may take half a minute; signals are seen in Python only."""
     load, models = run_sft.load_policy, []
 
     def watched(*args, **options):
