@@ -95,9 +95,13 @@ def send_signal_at(monkeypatch, script, name, call, number=signal.SIGTERM):
 
 def stop(stage, start, folder, name, call, number=signal.SIGTERM):
     """Start a stage and send it a signal; returns its exit code."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
-        send_signal_at(patch, SCRIPTS[stage], name, call, number)
-        start(stage, folder)
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's & has it ignored, and so would we
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+            send_signal_at(patch, SCRIPTS[stage], name, call, number)
+            start(stage, folder)
+    finally:
+        signal.signal(number, before)
     return caught.value.code
 
 
@@ -300,6 +304,18 @@ def test_room_is_halved_down_to_one():
         seen.append(room.sequences)
         room = room.halved()
     assert seen == [5, 2, 1]
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGHUP])
+def test_what_the_shell_ignores_stays_ignored(ignored, start, undisturbed, tmp_path):
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            send_signal_at(patch, run_sft, "optimizer_step", 2, ignored)
+            start("sft", tmp_path)
+    finally:
+        signal.signal(ignored, before)
+    assert content(tmp_path) == content(undisturbed("sft"))
 
 
 # What a review found
