@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import math
 from array import array
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -34,6 +33,7 @@ from rlhf.arguments import (
 )
 from rlhf.batches import Room, build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.checkpoints import load_tensors, save_tensors, weights_fingerprint
+from rlhf.earlier import RESUME
 from rlhf.errors import RunError, run_script
 from rlhf.logprobs import sequence_logprobs, token_logprobs
 from rlhf.losses import dpo_loss
@@ -48,13 +48,23 @@ from rlhf.models import (
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
+from rlhf.processes import main_first, share_of, sum_over_processes
 from rlhf.records import PAIR, changed_since_written, fingerprint, read_split
 from rlhf.resume import Progress
-from rlhf.run_folder import RESUME, RunFolder
-from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.run_folder import RunFolder
+from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
 Pair = tuple[Sample, Sample]  # chosen, rejected
+TERMS = (  # of each pair, under TRL's names
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def build_parser() -> Parser:
@@ -100,6 +110,7 @@ def load_pairs(
 
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    require_equal_shares(batch_size=args.batch_size)
     say(runtime.notice)
     say(changed_since_written(args.data_dir))
     with RunFolder(
@@ -120,8 +131,9 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
     flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    pairs = load_pairs(args, tokenizer, "train", args.max_samples)
-    heldout = load_pairs(args, tokenizer, "eval", 0)
+    with main_first():
+        pairs = load_pairs(args, tokenizer, "train", args.max_samples)
+        heldout = load_pairs(args, tokenizer, "eval", 0)
 
     # Every dropout is at 0: policy and reference are the same function until the first update, and
     # so the policy can compute the reference's logprobs before it is trained.
@@ -173,6 +185,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         metrics=metrics,
         room=room,
         save_every=args.save_every,
+        seed=args.seed,
     ) as progress:
         judge = partial(evaluate, args, policy, pad_id, runtime, heldout, ref_logprobs["eval"])
         add = partial(add_gradient, args, policy, pad_id, runtime)
@@ -231,15 +244,17 @@ def add_gradient(
     room: Room,
 ) -> dict[str, Tensor]:
     """Add the gradient of an optimisation batch to the weights'; returns means over its pairs."""
-    means: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=runtime.device))
-    lengths = [max(map(sample_length, pair)) for pair in pairs]
+    means = {name: torch.zeros((), device=runtime.device) for name in TERMS}
+    own = share_of(range(len(pairs)))
+    lengths = [max(map(sample_length, pairs[row])) for row in own]
     for part in micro_batches(lengths, room, sequences_per_row=2):
-        logprobs = pair_logprobs(policy, pairs[part], pad_id, runtime)  # (B, 2)
-        terms = preference_terms(logprobs, ref_logprobs[part], args.beta)
+        rows = list(own[part])
+        logprobs = pair_logprobs(policy, [pairs[row] for row in rows], pad_id, runtime)  # (B, 2)
+        terms = preference_terms(logprobs, ref_logprobs[rows], args.beta)
         (terms["loss"].sum() / len(pairs)).backward()
         for name, values in terms.items():
             means[name] = means[name] + values.detach().sum() / len(pairs)
-    return dict(means)
+    return {name: sum_over_processes(mean) for name, mean in means.items()}
 
 
 def pair_logprobs(
@@ -263,13 +278,13 @@ def all_logprobs(
 ) -> Tensor:  # (number of pairs, 2)
     """Log-probabilities of all responses, in the order of the pairs."""
     lengths = [max(map(sample_length, pair)) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    order = share_of(sorted(range(len(pairs)), key=lengths.__getitem__))
     logprobs = torch.zeros(len(pairs), 2, device=runtime.device)
     ordered = [lengths[row] for row in order]
     for part in micro_batches(ordered, room, sequences_per_row=2):
         rows = order[part]
         logprobs[rows] = pair_logprobs(model, [pairs[row] for row in rows], pad_id, runtime)
-    return logprobs
+    return sum_over_processes(logprobs)
 
 
 def preference_terms(
@@ -277,7 +292,7 @@ def preference_terms(
     ref_logprobs: Tensor,  # (B, 2)
     beta: float,
 ) -> dict[str, Tensor]:  # (B,) each
-    """The loss of each pair, and what it is made of, under TRL's names."""
+    """The loss of each pair, and what it is made of."""
     chosen, rejected = logprobs.unbind(dim=1)
     ref_chosen, ref_rejected = ref_logprobs.unbind(dim=1)
     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)

@@ -12,7 +12,6 @@ for every pass over the prompts into `.model/ppo`. In a healthy log `objective/s
 import argparse
 import math
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 
@@ -46,6 +45,7 @@ from rlhf.experience import (
     check_ratio_is_one,
     decode_responses,
     explained_variance,
+    join_processes,
     policy_forward,
     roll_out,
     rollout_metrics,
@@ -68,6 +68,7 @@ from rlhf.models import (
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
+from rlhf.processes import join_rows, main_first, share_of, sum_over_processes
 from rlhf.records import PROMPT, changed_since_written, fingerprint, prompt_text, read_split
 from rlhf.resume import Progress
 from rlhf.rewards import (
@@ -79,7 +80,7 @@ from rlhf.rewards import (
     score_by_model,
 )
 from rlhf.run_folder import RunFolder
-from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.sampling import Sampling
 from rlhf.tokens import count_dropped, early_end_ids, encode_prompts, has_room
 
@@ -92,15 +93,15 @@ CONSOLE = [
     "policy/clipfrac_avg",
     "loss/value_avg",
 ]
-UPDATE_METRICS = (
+TERMS = (  # of a response token in an update
     "loss/policy_avg",
     "loss/value_avg",
     "policy/approxkl_avg",
     "policy/clipfrac_avg",
     "val/ratio",
     "val/clipfrac_avg",
-    "grad_norm",
 )
+UPDATE_METRICS = (*TERMS, "grad_norm")
 EVAL_BATCH = 64  # prompts that are judged together: memory only
 
 
@@ -210,6 +211,7 @@ def load_actors(
 
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    require_equal_shares(batch_size=args.batch_size, minibatch_size=args.minibatch_size)
     say(runtime.notice)
     say(changed_since_written(args.data_dir))
     inputs = {"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir}
@@ -239,8 +241,9 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         score = score_by_function(args.reward_fn)
     else:
         reward_facts = check_reward_model(args, tokenizer)
-    prompts = load_prompts(args, tokenizer, "train", args.max_samples)
-    heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
+    with main_first():
+        prompts = load_prompts(args, tokenizer, "train", args.max_samples)
+        heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
     room = Room(args.micro_batch_size)
     eos_id, mean_reward = tokenizer.eos_token_id, 0.0
     if not args.reward_fn:
@@ -293,6 +296,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         metrics=metrics,
         room=room,
         save_every=args.save_every,
+        seed=args.seed,
     ) as progress:
         if not metrics.rows:
             metrics.add_epoch(0, untrained or progress.fitting(judge))
@@ -369,17 +373,20 @@ def gather(
     """Let the policy answer a batch of prompts, and judge every token of what it wrote."""
     step = progress.metrics.step + 1
     # 1 rollout: write a response to each prompt
-    write = partial(roll_out, actors, [prompts.ids[row] for row in rows], rows, (args.seed, step))
+    own = share_of(rows) or rows[:1]  # whoever gets none does the first too, to no effect
+    write = partial(roll_out, actors, [prompts.ids[row] for row in own], own, (args.seed, step))
     rollout = progress.fitting(write)
-    mask = rollout.batch.response_mask  # (B, R)
     # 2 score: judge whole responses; one that did not end by itself pays for it
-    texts = [prompts.texts[row] for row in rows]
+    texts = [prompts.texts[row] for row in own]
     judge = partial(score_responses, args, score, tokenizer, texts, rollout)
     scores = progress.fitting(judge)  # (B,)
     # 3 reward: the score on the last token, the KL penalty on every token
     numbers = progress.fitting(partial(token_numbers, actors, rollout))  # (B, R) each
     if step == 1:
         progress.fitting(partial(check_ratio_is_one, actors, rollout, numbers))
+    # From here on, every process has the whole rollout.
+    rollout, numbers, scores = join_processes(rollout, numbers, scores, size=len(rows))
+    mask = rollout.batch.response_mask  # (B, R)
     rewards = token_rewards(
         scores, numbers.kl, mask, beta=args.beta, max_kl_div=args.max_kl_div
     )  # (B, R)
@@ -464,15 +471,16 @@ def add_gradient(
     How it is cut into micro-batches changes nothing.
     """
     num_tokens = experience.mask[minibatch].sum()
-    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=num_tokens.device))
-    for rows, batch in micro_batches_by_length(experience.rollout.batch, minibatch, room):
+    totals = {name: torch.zeros((), device=num_tokens.device) for name in (*TERMS, "loss")}
+    own = share_of(minibatch)
+    for rows, batch in micro_batches_by_length(experience.rollout.batch, own, room):
         terms = token_terms(args, actors, experience, rows, batch)
         means = {name: masked_sum(x, batch.response_mask) / num_tokens for name, x in terms.items()}
         loss = means["loss/policy_avg"] + args.value_loss_coeff * means["loss/value_avg"]
         loss.backward()
         for name, mean in {**means, "loss": loss}.items():
             totals[name] = totals[name] + mean.detach()
-    return dict(totals)
+    return {name: sum_over_processes(total) for name, total in totals.items()}
 
 
 def update(
@@ -526,8 +534,10 @@ def evaluate(
     """Judge the policy on fixed prompts with fixed noise: score, KL, and their balance."""
     actors = actors._replace(critic=None)
     columns: list[Tensor] = []
-    for start in range(0, len(heldout.ids), EVAL_BATCH):
-        rows = range(len(heldout.ids))[start : start + EVAL_BATCH]
+    everything = range(len(heldout.ids))
+    here = share_of(everything) or everything[:1]
+    for start in range(0, len(here), EVAL_BATCH):
+        rows = here[start : start + EVAL_BATCH]
         noise_key = (args.seed, 0)  # no training step has this one
         rollout = roll_out(actors, [heldout.ids[row] for row in rows], rows, noise_key, room)
         texts = [heldout.texts[row] for row in rows]
@@ -535,7 +545,8 @@ def evaluate(
         kl = token_numbers(actors, rollout, room).kl.sum(dim=1)
         lengths = rollout.batch.response_mask.sum(dim=1)
         columns.append(torch.stack((scores, kl, lengths, rollout.ended)))
-    scores, kl, lengths, ended = torch.cat(columns, dim=1)  # (B,) each
+    judged = join_rows(torch.cat(columns, dim=1).T, len(everything))  # (B, 4)
+    scores, kl, lengths, ended = judged.unbind(dim=1)  # (B,) each
     return {
         "eval_scores": float(scores.mean()),
         "eval_kl": float(kl.mean()),

@@ -45,11 +45,12 @@ from rlhf.models import (
     reward_logits,
 )
 from rlhf.optim import build_schedule, optimizer_step
+from rlhf.processes import main_first, share_of, sum_over_processes
 from rlhf.records import SCORED, changed_since_written, fingerprint, read_split, score_scale
 from rlhf.resume import Progress
 from rlhf.rewards import pairwise_reward, regression_reward, target_rewards
 from rlhf.run_folder import RunFolder
-from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
 
@@ -129,6 +130,7 @@ class Responses:
 
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    require_equal_shares(batch_size=args.batch_size)
     say(runtime.notice)
     say(changed_since_written(args.data_dir))
     with RunFolder(
@@ -149,8 +151,9 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
     flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    responses = Responses(args, tokenizer, "train", args.max_samples)
-    heldout = Responses(args, tokenizer, "eval", 0)
+    with main_first():
+        responses = Responses(args, tokenizer, "train", args.max_samples)
+        heldout = Responses(args, tokenizer, "eval", 0)
     pairwise = args.loss == "pairwise"
     # An item is what --batch_size counts: one response, or a pair of them, as row numbers.
     items = responses.pairs() if pairwise else [(row,) for row in range(len(responses.samples))]
@@ -195,6 +198,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         metrics=metrics,
         room=Room(args.micro_batch_size),
         save_every=args.save_every,
+        seed=args.seed,
     ) as progress:
         judge = partial(evaluate, args, model, heldout, eos_id, runtime)
         if not metrics.rows:
@@ -258,10 +262,11 @@ def add_gradient(
 ) -> Tensor:
     """Add the gradient of an optimisation batch to the weights'; returns its loss."""
     loss = torch.zeros((), device=runtime.device)
-    lengths = [max(responses.lengths[row] for row in item) for item in items]
+    own = share_of(items)
+    lengths = [max(responses.lengths[row] for row in item) for item in own]
     for part in micro_batches(lengths, room, sequences_per_row=len(items[0])):
         # Pairs come as all better ones, then all worse ones.
-        rows = list(chain.from_iterable(zip(*items[part], strict=True)))
+        rows = list(chain.from_iterable(zip(*own[part], strict=True)))
         logits = score_rows(model, responses, rows, eos_id, runtime)
         if args.loss == "pairwise":
             losses = pairwise_reward_loss(*logits.chunk(2))
@@ -271,7 +276,7 @@ def add_gradient(
         part_loss = losses.sum() / len(items)
         part_loss.backward()
         loss += part_loss.detach()
-    return loss
+    return sum_over_processes(loss)
 
 
 def score_rows(
@@ -298,11 +303,11 @@ def evaluate(
     """
     model.eval()
     logits = torch.zeros(len(heldout.samples), device=runtime.device)
-    order = sorted(range(len(heldout.samples)), key=heldout.lengths.__getitem__)
+    order = share_of(sorted(range(len(heldout.samples)), key=heldout.lengths.__getitem__))
     for part in micro_batches([heldout.lengths[row] for row in order], room):
         rows = order[part]
         logits[rows] = score_rows(model, heldout, rows, eos_id, runtime)
-    logits = logits.cpu()
+    logits = sum_over_processes(logits).cpu()
     logit_mean = float(logits.mean())
     if args.loss == "pairwise":
         better, worse = torch.tensor(heldout.pairs()).T

@@ -44,10 +44,11 @@ from rlhf.models import (
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
+from rlhf.processes import main_first, share_of, sum_over_processes
 from rlhf.records import SCORED, changed_since_written, fingerprint, read_split
 from rlhf.resume import Progress
 from rlhf.run_folder import RunFolder
-from rlhf.runtime import Runtime, start_runtime, start_trackers
+from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
 
@@ -104,6 +105,7 @@ def load_samples(
 
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    require_equal_shares(batch_size=args.batch_size)
     say(runtime.notice)
     say(changed_since_written(args.data_dir))
     with RunFolder(
@@ -126,8 +128,9 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         args.model_id, flag="--model_id", kind=LANGUAGE_MODEL, max_len=args.max_len
     )
     eos_id = tokenizer.eos_token_id
-    samples = load_samples(args, tokenizer, "train", args.max_samples)
-    heldout = load_samples(args, tokenizer, "eval", 0)
+    with main_first():
+        samples = load_samples(args, tokenizer, "train", args.max_samples)
+        heldout = load_samples(args, tokenizer, "eval", 0)
 
     model = load_policy(
         args.model_id, flag="--model_id", device=runtime.device, dropout=args.dropout
@@ -167,6 +170,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         metrics=metrics,
         room=Room(args.micro_batch_size),
         save_every=args.save_every,
+        seed=args.seed,
     ) as progress:
         judge = partial(evaluate, model, heldout, eos_id, runtime)
         if not metrics.rows:
@@ -219,12 +223,13 @@ def add_gradient(
     """Add the gradient of an optimisation batch to the weights'; returns its loss."""
     num_tokens = sum(len(sample.response_ids) for sample in samples)
     loss = torch.zeros((), device=runtime.device)
-    for part in micro_batches([sample_length(sample) for sample in samples], room):
-        batch = build_batch(samples[part], pad_id).to(runtime.device)
+    own = share_of(samples)
+    for part in micro_batches([sample_length(sample) for sample in own], room):
+        batch = build_batch(own[part], pad_id).to(runtime.device)
         part_loss = summed_loss(model, batch, runtime) / num_tokens
         part_loss.backward()
         loss += part_loss.detach()
-    return loss
+    return sum_over_processes(loss)
 
 
 def summed_loss(model: PreTrainedModel, batch: Batch, runtime: Runtime) -> Tensor:
@@ -249,12 +254,12 @@ def evaluate(
     """Mean loss of a response token on held-out rows, and its exponential."""
     model.eval()
     lengths = [sample_length(sample) for sample in samples]
-    order = sorted(range(len(samples)), key=lengths.__getitem__)
+    order = share_of(sorted(range(len(samples)), key=lengths.__getitem__))
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for part in micro_batches([lengths[row] for row in order], room):
         batch = build_batch([samples[row] for row in order[part]], pad_id)
         total += summed_loss(model, batch.to(runtime.device), runtime)
-    loss = float(total) / sum(len(sample.response_ids) for sample in samples)
+    loss = float(sum_over_processes(total)) / sum(len(sample.response_ids) for sample in samples)
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 

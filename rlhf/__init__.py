@@ -22,11 +22,13 @@
     evaluation   how well scores rank responses
     disk         what appears on it whole or not at all; one writer for a folder
     checkpoints  folders that other tools load, and `run.json`
+    earlier      the runs that a folder holds, and how one makes place
     run_folder   one run of a stage: what it was made from, its checkpoints, `best`
     metrics      console, metrics.jsonl, trackers, training.png
     memory       what does not fit into it is done again in smaller parts
     resume       what a stopped run goes on from, and how it is stopped
     runtime      device, precision, seeds
+    processes    several of them at one run, each with its share of a batch
     arguments    argument types and checks
     errors       the two exceptions that end a script in one line
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.disk import CHECKSUMS, commit, flaw_of, hidden, sha256_of, write_json
 from rlhf.errors import DIVERGED, InputError, RunError
+from rlhf.processes import is_main_process
 
 RUN_FILE = "run.json"
 TENSORS, FACTS = "tensors.safetensors", "facts.json"  # of a folder that `save_tensors` wrote
@@ -137,8 +138,11 @@ def named_checkpoint(path: str) -> str:
 def save_tensors(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and what is to be known of them as a folder, whole or not at all.
 
+    Of several processes the main one writes its own.
     Raises: RunError if a tensor is not finite, or the disk is full.
     """
+    if not is_main_process():
+        return
     require_finite(tensors, what=str(folder))
     temporary = hidden(folder)
     shutil.rmtree(temporary, ignore_errors=True)

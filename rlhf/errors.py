@@ -2,9 +2,11 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
+SECONDS_FOR_MAIN = 3.0
 DIVERGED = "A lower --learning_rate or --dtype=float32 may help"
 
 
@@ -27,7 +29,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def exit_in_one_line(name: str, message: str, code: int) -> NoReturn:
-    """Write `name: error: message` as one line to stderr and exit with `code`."""
+    """Write `name: error: message` as one line to stderr and exit with `code`.
+
+    What the user can cause, all processes of a run find. So the others leave it to the first, whose
+    exit makes the launcher end them; if they outlive it, it was theirs alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    if code == 2 and rank != "0":
+        time.sleep(SECONDS_FOR_MAIN)
+        name = f"{name}, process {rank}"
     sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")
     raise SystemExit(code)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.batches import Batch, Room, micro_batches_by_length
@@ -17,6 +18,7 @@ from rlhf.generation import Rollout, generate
 from rlhf.logprobs import Support, sequence_logprobs, token_logprobs, token_stats
 from rlhf.masked import masked_mean
 from rlhf.models import Critic, response_states
+from rlhf.processes import join_rows, most_of_processes, num_processes
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
 from rlhf.tokens import decode_response
@@ -168,6 +170,40 @@ def token_numbers(actors: Actors, rollout: Rollout, room: Room) -> Numbers:
             (*stats, ref_logprobs, values.to(ids.device))
         )
     return Numbers(*numbers)
+
+
+def join_processes(
+    rollout: Rollout,
+    numbers: Numbers,
+    scores: Tensor,  # (B of this process,)
+    *,
+    size: int,
+) -> tuple[Rollout, Numbers, Tensor]:
+    """Put together a rollout of which each process has written its share: B is `size` in all."""
+    if num_processes() == 1:
+        return rollout, numbers, scores
+    batch, support, device = rollout.batch, rollout.support, scores.device
+    kept_ids = support.kept_ids if support else None
+    sizes = [batch.prompt_ids.shape[1], batch.response_ids.shape[1]]
+    sizes += [0 if kept_ids is None else kept_ids.shape[2]]
+    prompt_width, width, num_kept = most_of_processes(sizes, device)
+
+    def join(x: Tensor, *missing: int, fill: int = 0) -> Tensor:  # `missing` as in `pad`
+        return join_rows(pad(x, missing, value=fill), size)
+
+    left, right = prompt_width - sizes[0], width - sizes[1]
+    if support is not None and kept_ids is not None:
+        joined = join(kept_ids, 0, num_kept - sizes[2], 0, right, fill=-1)
+        support = support._replace(kept_ids=joined)
+    whole = Batch(
+        join(batch.prompt_ids, left, 0),
+        join(batch.prompt_mask, left, 0),
+        join(batch.response_ids, 0, right),
+        join(batch.response_mask, 0, right),
+    )
+    logprobs = join(rollout.logprobs, 0, right)
+    rollout = Rollout(whole, support, logprobs, join(rollout.ended))
+    return rollout, Numbers(*(join(x, 0, right) for x in numbers)), join(scores)
 
 
 @torch.no_grad()

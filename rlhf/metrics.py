@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf.disk import commit, hidden, without_nan
+from rlhf.processes import is_main_process
 
 Row = dict[str, float]
 Report = Callable[[Row, int], None]  # to the trackers: values, step
@@ -25,10 +26,11 @@ Report = Callable[[Row, int], None]  # to the trackers: values, step
 def say(text: str) -> None:
     """Print to stdout, if there is something to print, without tearing a progress bar apart.
 
-    Nobody's training ends because nobody reads: if stdout is closed or full, the run goes on.
+    Of several processes the main one prints. Nobody's training ends because nobody reads: if stdout
+    is closed or full, the run goes on.
     """
     try:
-        if text:
+        if text and is_main_process():
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
     except OSError as error:
@@ -105,7 +107,7 @@ class Metrics:
         self.bar = tqdm(
             total=num_steps,
             unit="step",
-            disable=not (sys.stderr.isatty() and sys.stdout.isatty()),
+            disable=not (sys.stderr.isatty() and sys.stdout.isatty() and is_main_process()),
             leave=False,
         )
 
@@ -135,6 +137,8 @@ class Metrics:
     def write(self, row: Row) -> None:
         """Append a row to metrics.jsonl and send it to the trackers."""
         self.logged.append(row)
+        if not is_main_process():
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json_line(row))
         self.report({k: v for k, v in row.items() if k != "step"}, self.step)
@@ -161,12 +165,16 @@ class Metrics:
         for name, values in state["pending"].items():
             numbers = [math.nan if value is None else value for value in values]
             self.pending[name] = list(torch.tensor(numbers, dtype=torch.float64))
+        if not is_main_process():
+            return
         hidden(self.file).write_text("".join(map(json_line, self.logged)), encoding="utf-8")
         commit(hidden(self.file), self.file)
 
     def finish(self, panels: Sequence[Sequence[str]], *, best: Path, next_step: str) -> None:
         """Draw training.png; print the table of epochs, the best checkpoint, the next step."""
         self.bar.close()
+        if not is_main_process():
+            return
         draw_panels(self.folder / "training.png", self.logged, panels)
         target = os.readlink(best)
         say(f"\n{format_table(self.rows)}\n")

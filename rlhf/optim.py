@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.errors import DIVERGED, RunError
+from rlhf.processes import sum_gradients
 
 
 def schedule_factor(step: int, *, num_steps: int, num_warmup: int) -> float:
@@ -44,12 +45,14 @@ def optimizer_step(
 ) -> Tensor:
     """Clip each optimiser's gradients by their own norm, step them all, move their schedules on.
 
+    The gradients of all processes are added up first; `loss` is that of all of them already.
     Returns the norm of the first before clipping. Raises: RunError if the loss or a norm is not
     finite; then no weight has been touched.
     """
     loss, norms = loss.detach(), []
     for schedule in schedules:
         parameters = [p for group in schedule.optimizer.param_groups for p in group["params"]]
+        sum_gradients(parameters)
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm))
     if not torch.isfinite(torch.stack([loss, *norms])).all():
         raise RunError(

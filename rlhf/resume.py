@@ -6,6 +6,7 @@ from there, and ends in the same bytes as if nothing had happened.
 """
 
 import os
+import random
 import signal
 import threading
 import time
@@ -23,10 +24,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf.batches import PlannedBatch, Room
 from rlhf.checkpoints import load_facts, load_tensors, save_tensors
 from rlhf.disk import remove, require_space
+from rlhf.earlier import EARLIER, RESUME, STATES
 from rlhf.errors import InputError
-from rlhf.memory import Result, fit, random_state, set_random_state
+from rlhf.memory import Result, fit
 from rlhf.metrics import Metrics, say
-from rlhf.run_folder import EARLIER, RESUME, STATES, RunFolder
+from rlhf.processes import (
+    is_main_process,
+    most_of_processes,
+    num_processes,
+    process_index,
+    take_from_main,
+    wait_for_all,
+)
+from rlhf.run_folder import RunFolder
 
 GENERATIONS = 2  # of the state: should the newer one be damaged, there is the older
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -55,22 +65,26 @@ class Progress:
         metrics: Metrics,
         room: Room,
         save_every: float,  # minutes
+        seed: int,
     ) -> None:
         self.folder, self.plan, self.metrics, self.room = folder, plan, metrics, room
         self.modules, self.schedules, self.save_every = modules, schedules, 60 * save_every
+        self.seed = seed
         self.device = next(next(iter(modules.values())).parameters()).device
         self.carried: dict[str, Tensor] = {}  # what a step of several parts goes on with
         self.in_whole, self.torn, self.changed = False, False, False
         self.signal = 0
         self.saved_at, self.saved_epochs = time.monotonic(), 1  # epoch 0: before training
-        self.random = random_state(self.device)
         for parameter in chain.from_iterable(m.parameters() for m in modules.values()):
             if parameter.requires_grad:
                 # A backward pass is one call, which may take long: it sees signals in Python only.
                 parameter.register_post_accumulate_grad_hook(lambda _: None)
-        self.require_space()
+        if is_main_process():
+            self.require_space()
         if folder.standing == "stopped":
             self.restore()
+        wait_for_all()  # before there is another state than those that were restored
+        take_from_main(self.weights().values())
         if not self.states():
             self.save()  # from here on, a run without a state has lost it
 
@@ -85,7 +99,12 @@ class Progress:
             done = max(0, done - len(batches))
 
     def fitting(self, attempt: Callable[[Room], Result]) -> Result:
-        """Do what may run out of memory, as `fit` does; the room that it took stays."""
+        """Do what may run out of memory, as `fit` does; the room that it took stays.
+
+        Dropout's noise is told by seed, step and process, and is no part of a state.
+        """
+        name = f"{self.seed}/{self.metrics.step}/{process_index()}"
+        torch.manual_seed(random.Random(name).getrandbits(63))
         result, self.room = fit(attempt, self.room, self.device, self.schedules)
         return result
 
@@ -102,11 +121,15 @@ class Progress:
         return self
 
     def on_signal(self, number: int, _: object) -> None:
-        """Stop the run as soon as its weights are whole; a second signal ends it at once."""
-        if self.signal:
+        """Stop the run as soon as its weights are whole; a second signal ends it at once.
+
+        Several processes stop together, after the step that they are in. Their launcher passes
+        every signal on, so that some come twice; it ends at once those that take too long.
+        """
+        if self.signal and num_processes() == 1:
             os._exit(128 + number)
-        self.signal = number
-        if not self.in_whole:
+        self.signal = self.signal or number
+        if not self.in_whole and num_processes() == 1:
             raise Stopped(128 + number)
 
     @contextmanager
@@ -116,7 +139,7 @@ class Progress:
         try:
             yield
             self.torn, self.changed = False, True
-            self.random = random_state(self.device)
+            [self.signal] = most_of_processes([self.signal], self.device)
             epoch_ended = len(self.metrics.rows) > self.saved_epochs
             if epoch_ended or time.monotonic() - self.saved_at >= self.save_every:
                 self.save()
@@ -159,7 +182,9 @@ class Progress:
 
     def save(self) -> None:
         """Write the state after the last whole step; the oldest one goes."""
-        tensors = {**self.weights(), **self.random}
+        if not is_main_process():
+            return
+        tensors = self.weights()
         for i, schedule in enumerate(self.schedules):
             for index, moments in schedule.optimizer.state_dict()["state"].items():
                 for name, tensor in moments.items():
@@ -195,7 +220,7 @@ class Progress:
         if loaded is None:
             self.require_nothing_lost(states)
             return
-        for state in damaged:  # it would count as one of the two
+        for state in damaged if is_main_process() else ():  # it would count as one of the two
             remove(state)
         tensors, facts = loaded
         if missing := self.weights().keys() - tensors.keys():
@@ -203,10 +228,6 @@ class Progress:
                 f"--ckpt_dir={self.folder.path}: its state has no {min(missing)}: it was written by"
                 " other versions; go on with those, or start afresh with --resume=never"
             )
-        self.random = {
-            name: tensors.pop(name).cpu() for name in [*tensors] if name.startswith("random.")
-        }
-        set_random_state(self.random, self.device)
         for name, tensor in self.weights().items():
             tensor.copy_(tensors.pop(name))
         for i, schedule in enumerate(self.schedules):

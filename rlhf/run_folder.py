@@ -24,7 +24,6 @@ from rlhf.checkpoints import (
     save_checkpoint,
 )
 from rlhf.disk import (
-    LOCK,
     Lock,
     hidden,
     link,
@@ -33,65 +32,13 @@ from rlhf.disk import (
     replace_record,
     require_unlocked,
     sweep,
-    sync_to_disk,
 )
+from rlhf.earlier import EARLIER, RESUME, STATES, check_run_folder, move_to_earlier
 from rlhf.errors import DIVERGED, InputError, RunError
+from rlhf.processes import is_main_process, num_processes, wait_for_all
 
-EARLIER = "earlier"
-RESUME = ".resume"
-STATES = "state-*"  # in RESUME
 # They change where, how often and how much is written, or where it is computed, but no number.
 FREE_ARGUMENTS = {"ckpt_dir", "gpu_id", "keep", "log_step", "report_to", "resume", "save_every"}
-
-
-def is_of_a_run(entry: Path) -> bool:
-    """Tell whether a run wrote this: a checkpoint, a log, a tracker's folder, a hidden leftover."""
-    known = {"best", "metrics.jsonl", "training.png", "rlhf", RESUME, EARLIER, LOCK}
-    is_leftover = entry.name.startswith(".") and entry.name.endswith(".tmp")
-    return entry.name in known or is_leftover or (entry / RUN_FILE).is_file()
-
-
-def check_run_folder(folder: Path, inputs: Mapping[str, str]) -> None:
-    """Check, without writing, that a run may start in `folder`, and moving what is there is safe.
-
-    `inputs` maps flags to the paths that the run reads. Raises: InputError.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--ckpt_dir={folder}: is a file; name a folder")
-    for entry in sorted(folder.iterdir()) if folder.exists() else []:
-        if not is_of_a_run(entry):
-            raise InputError(
-                f"--ckpt_dir={folder}: holds {entry.name}, which no run wrote; name a new folder"
-            )
-    for flag, path in inputs.items():
-        real = Path(path).resolve()
-        inside = real.is_relative_to(folder.resolve())
-        if inside and real.exists() and not real.is_relative_to(folder.resolve() / EARLIER):
-            raise InputError(
-                f"{flag}={path} lies in --ckpt_dir={folder}, whose earlier run is about to move"
-                f" away; name another --ckpt_dir"
-            )
-
-
-def move_to_earlier(folder: Path) -> str:
-    """Move the run that a folder holds, if any, whole into `earlier/<n>/`; return a line or "".
-
-    What tells how to go on with it moves first: if this is cut short, nobody goes on with a half.
-    """
-    earlier = folder / EARLIER
-    numbers = [int(entry.name) for entry in earlier.glob("*") if entry.name.isdigit()]
-    destination = earlier / str(max(numbers, default=0) + 1)
-    entries = [entry for entry in folder.iterdir() if entry.name not in {EARLIER, LOCK}]
-    if not entries and not hidden(destination).exists():
-        return ""
-    hidden(destination).mkdir(parents=True, exist_ok=True)
-    for entry in sorted(entries, key=lambda entry: entry.name != RESUME):
-        entry.rename(hidden(destination) / entry.name)
-    sync_to_disk(hidden(destination))
-    sync_to_disk(folder)
-    hidden(destination).rename(destination)
-    sync_to_disk(earlier)
-    return f"the earlier run in {folder} is now in {destination}"
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -101,6 +48,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = then["arguments"].get(name), now["arguments"].get(name)
         if old != new:
             told.append(f"--{name} was {old}, is {new}")
+    processes = [run.get("processes", 1) for run in (then, now)]
+    if processes[0] != processes[1]:
+        told.append("the number of processes was {}, is {}".format(*processes))
     for flag in sorted({*then["inputs"], *now["inputs"]}):
         old, new = then["inputs"].get(flag, {}), now["inputs"].get(flag, {})
         if old.get("content") != new.get("content"):
@@ -149,6 +99,7 @@ class RunFolder:
                 flag: {"path": named_checkpoint(read), "content": content.get(flag, data)}
                 for flag, read in inputs.items()
             },
+            "processes": num_processes(),
         }
         self.facts = {
             "stage": stage,
@@ -200,8 +151,16 @@ class RunFolder:
     def start(self) -> str:
         """Make the folder ready; a new run moves the last one away. Returns a line for the user.
 
-        Raises: InputError if it cannot be made, or another process has come first.
+        Of several processes the main one does it, once all have seen what stands there.
+        Raises: InputError if it cannot be made, or another run has come first.
         """
+        wait_for_all()
+        moved = self.take() if is_main_process() else ""
+        wait_for_all()
+        return moved
+
+    def take(self) -> str:
+        """Do what `start` says, in the main process."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = Lock(self.path, flag="--ckpt_dir")
@@ -239,6 +198,12 @@ class RunFolder:
 
     def finish(self) -> None:
         """Note that nothing is left to do; the states that a stopped run needs go."""
+        if is_main_process():
+            self.close()
+        wait_for_all()
+
+    def close(self) -> None:
+        """Do what `finish` says, in the main process."""
         self.write_record(self.path / RESUME, finished=True)
         for state in (self.path / RESUME).glob(STATES):
             remove(state)
@@ -246,9 +211,9 @@ class RunFolder:
 
     def finished_line(self) -> str:
         """Say that there is nothing to do, and do what a crash at the very end left undone."""
-        if any((self.path / RESUME).glob(STATES)):
+        if is_main_process() and any((self.path / RESUME).glob(STATES)):
             with Lock(self.path, flag="--ckpt_dir"):
-                self.finish()
+                self.close()
         return (
             f"{self.path}: this very run is finished; best checkpoint: {self.path / 'best'} ->"
             f" {os.readlink(self.path / 'best')}. Another argument, or --resume=never, starts a new"
@@ -264,7 +229,7 @@ class RunFolder:
         figure: str,
         objective: float,
         facts: dict[str, Any],
-    ) -> Path:
+    ) -> None:
         """Save the checkpoint of an epoch, and link it as `best` if its objective is the lowest.
 
         `figure` ends its name, like `loss=0.1234`; `facts` go into `run.json` beside the run's.
@@ -273,14 +238,15 @@ class RunFolder:
             raise RunError(
                 f"epoch {epoch}: the evaluation gave {figure}; nothing was saved. {DIVERGED}"
             )
+        if not is_main_process():
+            return
         name = f"{self.model}_{self.stage}_epoch={epoch}_{figure}"
         run = {**self.facts, "epoch": epoch, **facts}
-        path = save_checkpoint(self.path, name, model=model, tokenizer=tokenizer, run=run)
+        save_checkpoint(self.path, name, model=model, tokenizer=tokenizer, run=run)
         if objective < self.lowest:
             self.lowest = objective
             link(self.path / "best", name)
         self.saved[epoch] = name
-        return path
 
     def restore_best(self, name: str | None, lowest: float | None) -> None:
         """Go on from the best checkpoint of the epochs that are finished, if it still is there."""

@@ -1,10 +1,12 @@
 """Device, precision, seeds and trackers: the one place that knows accelerate."""
 
+import atexit
 import ctypes
 import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,9 @@ from accelerate.tracking import get_available_trackers
 
 from rlhf.arguments import TRACKERS
 from rlhf.errors import InputError
+from rlhf.processes import is_main_process, num_processes
+
+PATIENCE = timedelta(hours=1)  # with which processes wait for one that tokenises or writes
 
 
 class Runtime(NamedTuple):
@@ -40,31 +45,23 @@ class Runtime(NamedTuple):
 def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runtime:
     """Choose the device, set precision and seeds, and make the libraries quiet.
 
-    Raises: InputError if CUDA is there but not this GPU, if several processes were started, or if
-    the tracker isn't installed.
+    Raises: InputError if CUDA is there but not this GPU, if processes were started in a way that
+    cannot work, or if the tracker isn't installed.
     """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size not in {"", "1"}:
-        raise InputError(f"WORLD_SIZE={world_size}: a stage runs in one process; start it with sh")
     trackers = installed_trackers()
     if report_to not in {"none", "all", *trackers}:
         raise InputError(f"--report_to={report_to}: not installed; pip install {report_to}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
-    notice = ""
-    if torch.cuda.is_available():
-        if gpu_id >= torch.cuda.device_count():
-            known = ", ".join(
-                f"{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
-            )
-            raise InputError(f"--gpu_id={gpu_id}: there is no such GPU; there are {known}")
-        device = torch.device("cuda", gpu_id)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device, notice = choose_device(gpu_id), ""
+    if device.type == "cpu":
         notice = "no CUDA device: running on the CPU"
         keep_freed_memory()
+    if num_processes() > 1:
+        notice = f"{num_processes()} processes; {notice or 'each has a GPU of its own'}"
+    elif any(name.startswith("ACCELERATE_") for name in os.environ):
+        notice = f"{notice}\nnote: accelerate launch has started one process".strip()
     precision = dtype
     if dtype == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -73,6 +70,68 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
     accelerate.utils.set_seed(seed)
     return Runtime(device, precision, notice)
+
+
+def choose_device(gpu_id: int) -> torch.device:
+    """Choose this process's device, and meet the others if a launcher has started several.
+
+    Raises: InputError.
+    """
+    if launched_processes() == 1:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if gpu_id >= torch.cuda.device_count():
+            known = ", ".join(
+                f"{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
+            )
+            raise InputError(f"--gpu_id={gpu_id}: there is no such GPU; there are {known}")
+        device = torch.device("cuda", gpu_id)
+        torch.cuda.set_device(device)
+        return device
+    if gpu_id:
+        raise InputError(
+            f"--gpu_id={gpu_id}: {launched_processes()} processes were started, and each takes the"
+            " GPU of its own number; leave --gpu_id out (CUDA_VISIBLE_DEVICES tells which GPUs)"
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and local > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node={local}: this machine has {torch.cuda.device_count()} GPUs; start"
+            " one process for each"
+        )
+    state = accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    atexit.register(state.destroy_process_group)
+    if state.num_processes != launched_processes():
+        raise InputError(
+            f"WORLD_SIZE={launched_processes()}: {state.num_processes} processes have met; start"
+            " them with torchrun or accelerate launch"
+        )
+    return state.device
+
+
+def launched_processes() -> int:
+    """Count the processes that a launcher says it has started. Raises: InputError."""
+    told = os.environ.get("WORLD_SIZE") or "1"
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if not told.isdigit() or (told != "1" and missing):
+        raise InputError(
+            f"WORLD_SIZE={told}: is not what a launcher sets{' with ' if missing else ''}"
+            f"{', '.join(missing)}; unset it, or start with torchrun or accelerate launch"
+        )
+    return int(told)
+
+
+def require_equal_shares(**sizes: int) -> None:
+    """Stop unless all processes get the same share of each batch; a size of 0 is no size.
+
+    Raises: InputError, naming the flag.
+    """
+    for name, size in sizes.items():
+        if size % num_processes():
+            raise InputError(
+                f"--{name}={size}: {num_processes()} processes share it equally; make it a multiple"
+                " of their number"
+            )
 
 
 def keep_freed_memory() -> None:
@@ -95,10 +154,12 @@ def start_trackers(
     report_to: str, *, folder: Path, arguments: dict[str, Any]
 ) -> Callable[[dict[str, float], int], None]:
     """Open the experiment trackers that `--report_to` names; returns what logs to them."""
-    if report_to == "none":
+    if report_to == "none" or not is_main_process():
         return lambda values, step: None
     names = installed_trackers() if report_to == "all" else [report_to]
-    accelerator = accelerate.Accelerator(cpu=True, log_with=names, project_dir=folder)
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=names, project_dir=folder
+    )
     accelerator.init_trackers(
         "rlhf", {name: value for name, value in arguments.items() if value is not None}
     )

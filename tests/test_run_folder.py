@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.checkpoints import model_name, weights_fingerprint
 from rlhf.disk import link
+from rlhf.earlier import EARLIER, move_to_earlier
 from rlhf.errors import InputError, RunError
-from rlhf.run_folder import EARLIER, RunFolder, move_to_earlier
+from rlhf.run_folder import RunFolder
 from tests.test_checkpoints import Interrupted
 
 

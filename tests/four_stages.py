@@ -1,0 +1,70 @@
+"""All four trainers, one after another, in as many processes as start this: see test_processes.
+
+    torchrun --standalone --nproc_per_node 2 -m tests.four_stages BASE DATA OUT PARENTS NUMBER
+
+PARENTS has the checkpoints that RM, DPO and PPO start from; it may be OUT itself.
+Writes what each run leaves, and the gradients of its first optimiser step.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import run_dpo
+import run_ppo
+import run_rm
+import run_sft
+from rlhf.processes import is_main_process, num_processes
+
+# Batches do not divide the rows: each run ends in one that leaves the second process less, or none.
+COMMON = ["--max_len=64", "--learning_rate=1e-5", "--log_step=1", "--dtype=float32"]
+
+
+def keep_gradients(path: Path) -> None:
+    """Write the gradients that the next optimiser steps clip, if they are the first of a run."""
+    clip, kept = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_and_keep(parameters, max_norm):
+        parameters = list(parameters)
+        if is_main_process() and not kept:
+            kept.append({str(i): p.grad.clone() for i, p in enumerate(parameters)})
+            save_file(kept[0], path)
+        return clip(parameters, max_norm)
+
+    torch.nn.utils.clip_grad_norm_ = clip_and_keep
+
+
+def main(base: str, data: str, out: str, parents: str, number: str) -> None:
+    runs = {
+        "sft": (run_sft, [f"--model_id={base}", "--batch_size=6", "--max_samples=57"]),
+        "rm": (run_rm, ["--batch_size=4", "--loss=pairwise", "--num_epochs=1", "--max_samples=50"]),
+        "dpo": (run_dpo, ["--batch_size=4", "--max_samples=29"]),
+        "ppo": (
+            run_ppo,
+            [
+                f"--rm_model_path={parents}/rm/best",
+                "--batch_size=6",
+                "--max_samples=25",
+                "--minibatch_size=4",
+                "--temperature=1.0",
+                "--top_p=0.9",
+                "--max_new_tokens=12",
+            ],
+        ),
+    }
+    clip = torch.nn.utils.clip_grad_norm_
+    for stage, (script, options) in runs.items():
+        split = {"sft": "sft", "rm": "rm"}.get(stage, "pref")
+        if stage != "sft":
+            options = [*options, f"--sft_model_path={parents}/sft/best"]
+        folder = [f"--ckpt_dir={out}/{stage}", f"--data_dir={data}/{split}", "--max_steps=10"]
+        torch.nn.utils.clip_grad_norm_ = clip
+        keep_gradients(Path(out) / f"{stage}.safetensors")
+        script.main(script.parse_args([*COMMON, *folder, *options]))
+        assert num_processes() == int(number)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
