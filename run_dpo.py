@@ -53,6 +53,7 @@ from rlhf.records import PAIR, changed_since_written, fingerprint, read_split
 from rlhf.resume import Progress
 from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
+from rlhf.sharding import in_step, run_whole, shard
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
 Pair = tuple[Sample, Sample]  # chosen, rejected
@@ -153,6 +154,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         for side, some in (("train", pairs), ("eval", heldout)):
             compute = partial(all_logprobs, policy, pad_id, runtime, some)
             ref_logprobs[side], room = fit(compute, room, runtime.device)
+    shard(policy, zero_stage=runtime.zero_stage)
     lengths = [max(map(sample_length, pair)) for pair in pairs]
     plan = plan_epochs(
         lengths,
@@ -247,13 +249,14 @@ def add_gradient(
     means = {name: torch.zeros((), device=runtime.device) for name in TERMS}
     own = share_of(range(len(pairs)))
     lengths = [max(map(sample_length, pairs[row])) for row in own]
-    for part in micro_batches(lengths, room, sequences_per_row=2):
-        rows = list(own[part])
-        logprobs = pair_logprobs(policy, [pairs[row] for row in rows], pad_id, runtime)  # (B, 2)
+    for part, weight in in_step(policy, micro_batches(lengths, room, sequences_per_row=2)):
+        rows = list(own[part] or [0])
+        some = [pairs[row] for row in rows]
+        logprobs = run_whole(policy, pair_logprobs, some, pad_id, runtime)  # (B, 2)
         terms = preference_terms(logprobs, ref_logprobs[rows], args.beta)
-        (terms["loss"].sum() / len(pairs)).backward()
+        (weight * terms["loss"].sum() / len(pairs)).backward()
         for name, values in terms.items():
-            means[name] = means[name] + values.detach().sum() / len(pairs)
+            means[name] = means[name] + weight * values.detach().sum() / len(pairs)
     return {name: sum_over_processes(mean) for name, mean in means.items()}
 
 
@@ -281,9 +284,10 @@ def all_logprobs(
     order = share_of(sorted(range(len(pairs)), key=lengths.__getitem__))
     logprobs = torch.zeros(len(pairs), 2, device=runtime.device)
     ordered = [lengths[row] for row in order]
-    for part in micro_batches(ordered, room, sequences_per_row=2):
-        rows = order[part]
-        logprobs[rows] = pair_logprobs(model, [pairs[row] for row in rows], pad_id, runtime)
+    for part, weight in in_step(model, micro_batches(ordered, room, sequences_per_row=2)):
+        rows = list(order[part] or [0])
+        some = [pairs[row] for row in rows]
+        logprobs[rows] += weight * run_whole(model, pair_logprobs, some, pad_id, runtime)
     return sum_over_processes(logprobs)
 
 

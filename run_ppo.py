@@ -37,7 +37,7 @@ from rlhf.arguments import (
 )
 from rlhf.batches import Batch, PlannedBatch, Room, micro_batches_by_length, plan_epochs
 from rlhf.checkpoints import read_run
-from rlhf.errors import run_script
+from rlhf.errors import InputError, run_script
 from rlhf.experience import (
     Actors,
     Experience,
@@ -211,6 +211,11 @@ def load_actors(
 
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
+    if runtime.zero_stage:
+        raise InputError(
+            "PPO's models are not cut up between processes, since its rollouts run them too often;"
+            " start it by configs/multi_gpu.yaml, with --use_peft if memory is short"
+        )
     require_equal_shares(batch_size=args.batch_size, minibatch_size=args.minibatch_size)
     say(runtime.notice)
     say(changed_since_written(args.data_dir))

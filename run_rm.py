@@ -51,6 +51,7 @@ from rlhf.resume import Progress
 from rlhf.rewards import pairwise_reward, regression_reward, target_rewards
 from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
+from rlhf.sharding import in_step, run_whole, shard
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
 
@@ -167,6 +168,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     prepare_training(
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
+    shard(model, zero_stage=runtime.zero_stage)
     lengths = [max(responses.lengths[row] for row in item) for item in items]
     plan = plan_epochs(
         lengths,
@@ -264,16 +266,17 @@ def add_gradient(
     loss = torch.zeros((), device=runtime.device)
     own = share_of(items)
     lengths = [max(responses.lengths[row] for row in item) for item in own]
-    for part in micro_batches(lengths, room, sequences_per_row=len(items[0])):
+    parts = micro_batches(lengths, room, sequences_per_row=len(items[0]))
+    for part, weight in in_step(model, parts):
         # Pairs come as all better ones, then all worse ones.
-        rows = list(chain.from_iterable(zip(*own[part], strict=True)))
-        logits = score_rows(model, responses, rows, eos_id, runtime)
+        rows = list(chain.from_iterable(zip(*(own[part] or items[:1]), strict=True)))
+        logits = run_whole(model, score_rows, responses, rows, eos_id, runtime)
         if args.loss == "pairwise":
             losses = pairwise_reward_loss(*logits.chunk(2))
         else:
             rewards = regression_reward(logits, max_reward=args.max_reward)
             losses = regression_reward_loss(rewards, responses.targets[rows].to(logits.device))
-        part_loss = losses.sum() / len(items)
+        part_loss = weight * losses.sum() / len(items)
         part_loss.backward()
         loss += part_loss.detach()
     return sum_over_processes(loss)
@@ -304,9 +307,10 @@ def evaluate(
     model.eval()
     logits = torch.zeros(len(heldout.samples), device=runtime.device)
     order = share_of(sorted(range(len(heldout.samples)), key=heldout.lengths.__getitem__))
-    for part in micro_batches([heldout.lengths[row] for row in order], room):
-        rows = order[part]
-        logits[rows] = score_rows(model, heldout, rows, eos_id, runtime)
+    parts = micro_batches([heldout.lengths[row] for row in order], room)
+    for part, weight in in_step(model, parts):
+        rows = order[part] or [0]
+        logits[rows] += weight * run_whole(model, score_rows, heldout, rows, eos_id, runtime)
     logits = sum_over_processes(logits).cpu()
     logit_mean = float(logits.mean())
     if args.loss == "pairwise":

@@ -49,6 +49,7 @@ from rlhf.records import SCORED, changed_since_written, fingerprint, read_split
 from rlhf.resume import Progress
 from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
+from rlhf.sharding import in_step, run_whole, shard
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
 
@@ -139,6 +140,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     set_generation_defaults(model, tokenizer)
+    shard(model, zero_stage=runtime.zero_stage)
     lengths = [sample_length(sample) for sample in samples]
     plan = plan_epochs(
         lengths,
@@ -224,9 +226,10 @@ def add_gradient(
     num_tokens = sum(len(sample.response_ids) for sample in samples)
     loss = torch.zeros((), device=runtime.device)
     own = share_of(samples)
-    for part in micro_batches([sample_length(sample) for sample in own], room):
-        batch = build_batch(own[part], pad_id).to(runtime.device)
-        part_loss = summed_loss(model, batch, runtime) / num_tokens
+    parts = micro_batches([sample_length(sample) for sample in own], room)
+    for part, weight in in_step(model, parts):
+        batch = build_batch(own[part] or samples[:1], pad_id).to(runtime.device)
+        part_loss = weight * run_whole(model, summed_loss, batch, runtime) / num_tokens
         part_loss.backward()
         loss += part_loss.detach()
     return sum_over_processes(loss)
@@ -256,9 +259,9 @@ def evaluate(
     lengths = [sample_length(sample) for sample in samples]
     order = share_of(sorted(range(len(samples)), key=lengths.__getitem__))
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for part in micro_batches([lengths[row] for row in order], room):
-        batch = build_batch([samples[row] for row in order[part]], pad_id)
-        total += summed_loss(model, batch.to(runtime.device), runtime)
+    for part, weight in in_step(model, micro_batches([lengths[row] for row in order], room)):
+        batch = build_batch([samples[row] for row in order[part] or [0]], pad_id)
+        total += weight * run_whole(model, summed_loss, batch.to(runtime.device), runtime)
     loss = float(sum_over_processes(total)) / sum(len(sample.response_ids) for sample in samples)
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 

@@ -29,6 +29,7 @@
     resume       what a stopped run goes on from, and how it is stopped
     runtime      device, precision, seeds
     processes    several of them at one run, each with its share of a batch
+    sharding     weights, gradients and moments that are cut up between processes
     arguments    argument types and checks
     errors       the two exceptions that end a script in one line
 

@@ -101,16 +101,18 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     run: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint of safetensors, tokenizer and `run.json` under `folder / name`.
 
+    `weights` stand in for those of a model that does not hold its own.
     Raises: RunError if a weight is not finite, or the disk is full.
     """
-    require_finite(dict(model.named_parameters()), what=name)
+    require_finite(weights or dict(model.named_parameters()), what=name)
     temporary = hidden(folder / name)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / RUN_FILE, run)
         commit(temporary, folder / name)

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.errors import DIVERGED, RunError
 from rlhf.processes import sum_gradients
+from rlhf.sharding import whole
 
 
 def schedule_factor(step: int, *, num_steps: int, num_warmup: int) -> float:
@@ -53,7 +54,7 @@ def optimizer_step(
     for schedule in schedules:
         parameters = [p for group in schedule.optimizer.param_groups for p in group["params"]]
         sum_gradients(parameters)
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm))
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm)))
     if not torch.isfinite(torch.stack([loss, *norms])).all():
         raise RunError(
             f"{where}: the loss is {float(loss):.4g} and the gradient norm {float(norms[0]):.4g};"

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 Row = TypeVar("Row")
@@ -88,13 +89,19 @@ def join_rows(part: Tensor, size: int) -> Tensor:  # (n, ...) -> (size, ...)
 
 
 def sum_gradients(parameters: Iterable[Parameter]) -> None:
-    """Add up the gradients of all processes. A process without rows has none: they count as 0."""
+    """Add up the gradients of all processes. A process without rows has none: they count as 0.
+
+    Those of a sharded model are averages already, of which every process holds a part.
+    """
     if num_processes() == 1:
         return
     pending = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        if isinstance(parameter.grad, DTensor):
+            parameter.grad.mul_(num_processes())
+            continue
         pending.append(distributed.all_reduce(parameter.grad, async_op=True))
     for work in pending:
         work.wait()
@@ -103,5 +110,5 @@ def sum_gradients(parameters: Iterable[Parameter]) -> None:
 def take_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors by those of the main process."""
     if num_processes() > 1:
-        for tensor in tensors:
+        for tensor in (x for x in tensors if not isinstance(x, DTensor)):
             distributed.broadcast(tensor.detach(), src=0)

@@ -37,6 +37,7 @@ from rlhf.processes import (
     wait_for_all,
 )
 from rlhf.run_folder import RunFolder
+from rlhf.sharding import is_sharded, part_like, whole
 
 GENERATIONS = 2  # of the state: should the newer one be damaged, there is the older
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -85,7 +86,9 @@ class Progress:
             self.restore()
         wait_for_all()  # before there is another state than those that were restored
         take_from_main(self.weights().values())
-        if not self.states():
+        has_none = not self.states()
+        wait_for_all()
+        if has_none:
             self.save()  # from here on, a run without a state has lost it
 
     # What is left to do
@@ -105,6 +108,8 @@ class Progress:
         """
         name = f"{self.seed}/{self.metrics.step}/{process_index()}"
         torch.manual_seed(random.Random(name).getrandbits(63))
+        if any(map(is_sharded, self.modules.values())):  # another try would be this process's alone
+            return attempt(self.room)
         result, self.room = fit(attempt, self.room, self.device, self.schedules)
         return result
 
@@ -139,9 +144,11 @@ class Progress:
         try:
             yield
             self.torn, self.changed = False, True
-            [self.signal] = most_of_processes([self.signal], self.device)
             epoch_ended = len(self.metrics.rows) > self.saved_epochs
-            if epoch_ended or time.monotonic() - self.saved_at >= self.save_every:
+            is_due = epoch_ended or time.monotonic() - self.saved_at >= self.save_every
+            agreed = most_of_processes([self.signal, int(is_due)], self.device)
+            self.signal = agreed[0]
+            if agreed[1]:
                 self.save()
         finally:
             self.in_whole = False
@@ -181,14 +188,22 @@ class Progress:
         return dict(tensors.values())
 
     def save(self) -> None:
-        """Write the state after the last whole step; the oldest one goes."""
-        if not is_main_process():
-            return
-        tensors = self.weights()
+        """Write the state after the last whole step; the oldest one goes.
+
+        All processes take part, since each may hold but a part of it; the main one writes.
+        """
+        tensors = {name: whole(tensor) for name, tensor in self.weights().items()}
         for i, schedule in enumerate(self.schedules):
             for index, moments in schedule.optimizer.state_dict()["state"].items():
                 for name, tensor in moments.items():
-                    tensors[f"optimizer.{i}.{index}.{name}"] = tensor
+                    tensors[f"optimizer.{i}.{index}.{name}"] = whole(tensor)
+        if is_main_process():
+            self.write(tensors)
+        self.changed, self.saved_epochs = False, max(1, len(self.metrics.rows))
+        self.saved_at = time.monotonic()
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Do what `save` says, once the tensors are whole."""
         tensors |= {f"carried.{name}": tensor for name, tensor in self.carried.items()}
         best = self.folder.path / "best"
         facts = {
@@ -205,14 +220,12 @@ class Progress:
             remove(old)
         # Not before: a state that names a checkpoint as the best must find it.
         self.folder.remove_older({load_facts(state).get("best") for state in self.states()})
-        self.changed, self.saved_epochs = False, max(1, len(self.metrics.rows))
-        self.saved_at = time.monotonic()
 
     def restore(self) -> None:
         """Go on from the newest state that is as it was written. Raises: InputError."""
         states, loaded, damaged = self.states(), None, []
         for state in states:
-            loaded = load_tensors(state, device=self.device)
+            loaded = load_tensors(state, device=torch.device("cpu"))
             if loaded:
                 break
             damaged.append(state)
@@ -229,7 +242,7 @@ class Progress:
                 " other versions; go on with those, or start afresh with --resume=never"
             )
         for name, tensor in self.weights().items():
-            tensor.copy_(tensors.pop(name))
+            tensor.copy_(part_like(tensors.pop(name), tensor))
         for i, schedule in enumerate(self.schedules):
             restore_optimizer(schedule.optimizer, tensors, f"optimizer.{i}.")
             schedule.load_state_dict(facts["schedules"][i])
@@ -279,9 +292,13 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
 ) -> None:
     """Give an optimiser back the moments that stand under names with this prefix."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
             index, _, key = name.removeprefix(prefix).partition(".")
-            moments.setdefault(int(index), {})[key] = tensor
+            weight = weights[int(index)]
+            moments.setdefault(int(index), {})[key] = (
+                part_like(tensor, weight) if tensor.shape == weight.shape else tensor
+            )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})

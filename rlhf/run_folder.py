@@ -36,6 +36,7 @@ from rlhf.disk import (
 from rlhf.earlier import EARLIER, RESUME, STATES, check_run_folder, move_to_earlier
 from rlhf.errors import DIVERGED, InputError, RunError
 from rlhf.processes import is_main_process, num_processes, wait_for_all
+from rlhf.sharding import whole_weights
 
 # They change where, how often and how much is written, or where it is computed, but no number.
 FREE_ARGUMENTS = {"ckpt_dir", "gpu_id", "keep", "log_step", "report_to", "resume", "save_every"}
@@ -238,11 +239,12 @@ class RunFolder:
             raise RunError(
                 f"epoch {epoch}: the evaluation gave {figure}; nothing was saved. {DIVERGED}"
             )
+        weights = whole_weights(model)  # all processes have to take part
         if not is_main_process():
             return
         name = f"{self.model}_{self.stage}_epoch={epoch}_{figure}"
         run = {**self.facts, "epoch": epoch, **facts}
-        save_checkpoint(self.path, name, model=model, tokenizer=tokenizer, run=run)
+        save_checkpoint(self.path, name, model=model, tokenizer=tokenizer, run=run, weights=weights)
         if objective < self.lowest:
             self.lowest = objective
             link(self.path / "best", name)

@@ -29,6 +29,7 @@ class Runtime(NamedTuple):
     device: torch.device
     precision: str  # "float32" or "bfloat16"
     notice: str  # what the user should know about the device; often empty
+    zero_stage: int  # what processes share out: 0 nothing, 2 gradients and moments, 3 weights too
 
     def autocast(self) -> AbstractContextManager:
         """A context in which matrix products run in the chosen precision."""
@@ -69,7 +70,7 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     # sums. In a bfloat16 run its products may take short cuts, on CUDA that of TF32.
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
     accelerate.utils.set_seed(seed)
-    return Runtime(device, precision, notice)
+    return Runtime(device, precision, notice, launched_zero_stage())
 
 
 def choose_device(gpu_id: int) -> torch.device:
@@ -119,6 +120,27 @@ def launched_processes() -> int:
             f"{', '.join(missing)}; unset it, or start with torchrun or accelerate launch"
         )
     return int(told)
+
+
+def launched_zero_stage() -> int:
+    """Tell how accelerate's launcher has been asked to cut models up: see `Runtime.zero_stage`.
+
+    Raises: InputError if it was asked for what no stage does.
+    """
+    asked = {name for name in ("FSDP", "DEEPSPEED") if is_set(f"ACCELERATE_USE_{name}")}
+    if "DEEPSPEED" in asked or (asked and os.environ.get("FSDP_VERSION", "1") != "2"):
+        raise InputError(
+            "accelerate launch was configured for DeepSpeed, or for the first version of FSDP;"
+            " configs/zero2.yaml and configs/fsdp2.yaml do the same by FSDP2"
+        )
+    if num_processes() == 1 or not asked:
+        return 0
+    return 3 if is_set("FSDP_RESHARD_AFTER_FORWARD") else 2
+
+
+def is_set(name: str) -> bool:
+    """Whether an environment variable says true."""
+    return os.environ.get(name, "").lower() in {"1", "true", "yes"}
 
 
 def require_equal_shares(**sizes: int) -> None:

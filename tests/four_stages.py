@@ -1,6 +1,6 @@
-"""All four trainers, one after another, in as many processes as start this: see test_processes.
+"""Trainers, one after another, in as many processes as start this: see test_processes.
 
-    torchrun --standalone --nproc_per_node 2 -m tests.four_stages BASE DATA OUT PARENTS NUMBER
+    torchrun --standalone --nproc_per_node 2 -m tests.four_stages BASE DATA OUT PARENTS NUMBER STAGE..
 
 PARENTS has the checkpoints that RM, DPO and PPO start from; it may be OUT itself.
 Writes what each run leaves, and the gradients of its first optimiser step.
@@ -17,6 +17,7 @@ import run_ppo
 import run_rm
 import run_sft
 from rlhf.processes import is_main_process, num_processes
+from rlhf.sharding import whole
 
 # Batches do not divide the rows: each run ends in one that leaves the second process less, or none.
 COMMON = ["--max_len=64", "--learning_rate=1e-5", "--log_step=1", "--dtype=float32"]
@@ -28,15 +29,16 @@ def keep_gradients(path: Path) -> None:
 
     def clip_and_keep(parameters, max_norm):
         parameters = list(parameters)
-        if is_main_process() and not kept:
-            kept.append({str(i): p.grad.clone() for i, p in enumerate(parameters)})
-            save_file(kept[0], path)
+        if not kept:
+            kept.append({str(i): whole(p.grad).clone() for i, p in enumerate(parameters)})
+            if is_main_process():
+                save_file(kept[0], path)
         return clip(parameters, max_norm)
 
     torch.nn.utils.clip_grad_norm_ = clip_and_keep
 
 
-def main(base: str, data: str, out: str, parents: str, number: str) -> None:
+def main(base: str, data: str, out: str, parents: str, number: str, *stages: str) -> None:
     runs = {
         "sft": (run_sft, [f"--model_id={base}", "--batch_size=6", "--max_samples=57"]),
         "rm": (run_rm, ["--batch_size=4", "--loss=pairwise", "--num_epochs=1", "--max_samples=50"]),
@@ -55,7 +57,8 @@ def main(base: str, data: str, out: str, parents: str, number: str) -> None:
         ),
     }
     clip = torch.nn.utils.clip_grad_norm_
-    for stage, (script, options) in runs.items():
+    for stage in stages:
+        script, options = runs[stage]
         split = {"sft": "sft", "rm": "rm"}.get(stage, "pref")
         if stage != "sft":
             options = [*options, f"--sft_model_path={parents}/sft/best"]

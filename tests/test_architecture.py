@@ -45,12 +45,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "masked": set(),
     "advantages": {"masked"},
     "losses": {"masked"},
-    "optim": {"processes"},
+    "optim": {"processes", "sharding"},
     "evaluation": set(),
     "disk": set(),
     "checkpoints": {"disk", "processes"},
     "earlier": {"checkpoints", "disk"},
-    "run_folder": {"checkpoints", "disk", "earlier", "processes"},
+    "run_folder": {"checkpoints", "disk", "earlier", "processes", "sharding"},
     "metrics": {"disk", "processes"},
     "memory": {"batches", "metrics"},
     "resume": {
@@ -62,10 +62,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "metrics",
         "processes",
         "run_folder",
+        "sharding",
     },
     "runtime": {"arguments", "processes"},
     "errors": set(),
     "processes": set(),
+    "sharding": {"processes"},
 }
 WITHOUT_TORCH = (
     "arguments",

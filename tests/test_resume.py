@@ -131,9 +131,9 @@ def test_an_interrupted_epoch_keeps_the_checkpoints_before_it(start, undisturbed
 
 
 def test_dropout_goes_on_where_it_was(start, undisturbed, tmp_path, monkeypatch):
-    """Without its generator's state, a resumed run of SFT would drop other units."""
+    """Were its noise not told by the step, a resumed run of SFT would drop other units."""
     stop("sft", start, tmp_path, "optimizer_step", 3)
-    monkeypatch.setattr("rlhf.resume.set_random_state", lambda *_: None)
+    monkeypatch.setattr("rlhf.resume.torch.manual_seed", lambda _: None)
     start("sft", tmp_path)
     assert content(tmp_path) != content(undisturbed("sft"))
 

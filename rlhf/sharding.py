@@ -1,0 +1,94 @@
+"""SHARDING: weights, gradients and moments that are cut up between processes.
+
+Without it every process holds all of them. With it each holds a part, by PyTorch's FSDP2, and the
+weights of a layer are put together while it computes. That asks two things of a stage: whatever
+runs the model does so by `run_whole`, and all processes do so equally often, by `in_step`.
+
+Source: ZeRO, 1910.02054.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf.processes import most_of_processes, num_processes
+
+
+def shard(model: PreTrainedModel, *, zero_stage: int) -> None:
+    """Cut a model up between the processes, in place; stage 0 leaves it whole.
+
+    Stage 2 keeps the weights of a layer from its forward to its backward pass; stage 3 frees them
+    in between and gathers them again.
+    """
+    if not zero_stage:
+        return
+    mesh = init_device_mesh(model.device.type, (num_processes(),))
+    for layer in list(model.modules()):
+        if isinstance(layer, GradientCheckpointingLayer):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=zero_stage == 3)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    # A copy, since hooks on a view of something else would be lost.
+    model.run = MethodType(lambda _, work: work().clone(), model)  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "run")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has cut this model up."""
+    return isinstance(model, FSDPModule)
+
+
+def run_whole(model: PreTrainedModel, work: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Do what needs a model's weights, its first argument, while they are there."""
+    if not is_sharded(model):
+        return work(model, *args)
+    run: Any = model.run
+    return run(partial(work, model, *args))
+
+
+def in_step(model: nn.Module, parts: Sequence[slice]) -> Iterator[tuple[slice, int]]:
+    """Yield parts with weight 1; of a sharded model, as many as any process has.
+
+    What fills up is the first row once more, with weight 0.
+
+    >>> list(in_step(nn.Linear(1, 1), [slice(0, 2)]))
+    [(slice(0, 2, None), 1)]
+    """
+    most = len(parts)
+    if is_sharded(model):  # asked before any forward, in which processes wait for each other too
+        [most] = most_of_processes([most], next(model.parameters()).device)
+    yield from ((part, 1) for part in parts)
+    yield from ((slice(0, 1), 0) for _ in range(most - len(parts)))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Put a tensor together, if it is cut up; all processes have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Put all weights of a sharded model together, in the main process's ordinary memory.
+
+    None if the model is whole in every process.
+    """
+    if not is_sharded(model):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Cut a tensor up as another is; every process has all of it."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    options: Any = {"src_data_rank": None}  # no need to send what all have
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, **options)
