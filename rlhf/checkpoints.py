@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.disk import CHECKSUMS, commit, flaw_of, hidden, sha256_of, write_json
 from rlhf.errors import DIVERGED, InputError, RunError
+from rlhf.lora import ADAPTER_FOLDER, merged_weights, save_adapter
 
 RUN_FILE = "run.json"
 TENSORS, FACTS = "tensors.safetensors", "facts.json"  # of a folder that `save_tensors` wrote
@@ -103,13 +104,15 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of safetensors, tokenizer and `run.json` under `folder / name`.
 
+    A model with an adapter is written merged, and the adapter in a folder within.
     Raises: RunError if a weight is not finite, or the disk is full.
     """
     require_finite(dict(model.named_parameters()), what=name)
     temporary = hidden(folder / name)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=merged_weights(model))
+        save_adapter(model, temporary / ADAPTER_FOLDER, parent=run.get("parent", ""))
         tokenizer.save_pretrained(temporary)
         write_json(temporary / RUN_FILE, run)
         commit(temporary, folder / name)

@@ -26,12 +26,13 @@ def schedule_factor(step: int, *, num_steps: int, num_warmup: int) -> float:
 def build_schedule(
     parameters: Iterable[Parameter], *, learning_rate: float, num_steps: int, warmup_ratio: float
 ) -> LambdaLR:
-    """Build AdamW (its `.optimizer`) and the learning rate's schedule.
+    """Build AdamW (its `.optimizer`) for what is not frozen, and the learning rate's schedule.
 
     No weight decay. eps stays at 1e-8: gradients clipped to norm 1 over 124M weights are near 1e-4
     each, and a larger eps would damp them.
     """
-    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0, eps=1e-8, fused=True)
+    trained = [p for p in parameters if p.requires_grad]
+    optimizer = AdamW(trained, lr=learning_rate, weight_decay=0.0, eps=1e-8, fused=True)
     num_warmup = math.ceil(warmup_ratio * num_steps)
     return LambdaLR(
         optimizer,

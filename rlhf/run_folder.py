@@ -132,7 +132,7 @@ class RunFolder:
         resume: str,
         keep: int = 0,
     ) -> None:
-        self.path, self.stage, self.keep = Path(path), stage, keep
+        self.path, self.stage, self.keep, self.resume = Path(path), stage, keep, resume
         check_run_folder(self.path, inputs)
         for flag, read in inputs.items():
             require_undamaged(read, flag=flag)
@@ -155,6 +155,7 @@ class RunFolder:
             "model": self.model,
             "arguments": arguments,
             "parent": named_checkpoint(parent),
+            "parent_sha256": content[flag],
             "data": data,
             "versions": {
                 "python": platform.python_version(),
@@ -162,7 +163,6 @@ class RunFolder:
             },
             "git_commit": git_commit(),
         }
-        self.resume = resume
         self.lock: Lock | None = None
         require_unlocked(self.path, flag="--ckpt_dir")
         self.standing = self.find_standing()
