@@ -62,7 +62,12 @@ def add_adapter(
 
 def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:
     """Find the linear layers that are named, by their names in the trunk. Raises: InputError."""
-    names = {name: module for name, module in model.base_model.named_modules() if name}
+    inside = tuple(f"{place}." for place in lora_layers(model.base_model))  # of other adapters
+    names = {
+        name: getattr(module, "base_layer", module)
+        for name, module in model.base_model.named_modules()
+        if name and not name.startswith(inside)
+    }
     layers: dict[str, nn.Module] = {
         name: module for name, module in names.items() if isinstance(module, nn.Linear | Conv1D)
     }
@@ -94,7 +99,7 @@ def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, n
 def inject(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
     """Put an adapter into a model's trunk; `ADAPTER` is the one that computes, if it is there."""
     trunk: Any = model.base_model
-    others = getattr(trunk, "peft_config", {})
+    others = trunk.__dict__.pop("peft_config", {})  # peft warns of several, which are meant here
     if not others:
         model.requires_grad_(False)
     inject_adapter_in_model(config, trunk, name)

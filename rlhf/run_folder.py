@@ -155,11 +155,11 @@ class RunFolder:
             "model": self.model,
             "arguments": arguments,
             "parent": named_checkpoint(parent),
-            "parent_sha256": content[flag],
+            "parent_content": content[flag],
             "data": data,
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "numpy")},
+                **{name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
             },
             "git_commit": git_commit(),
         }

@@ -70,7 +70,7 @@ def require_shareable(path: str, *, flag: str, sft_path: str) -> None:
             f"--share_trunk: {flag}={path} has no adapter: train it by run_rm.py --use_peft, or"
             " leave --share_trunk out"
         )
-    if run.get("parent_sha256") != content_of(sft_path):
+    if run.get("parent_content") != content_of(sft_path):
         raise InputError(
             f"--share_trunk: {flag}={path} is an adapter of {run.get('parent')}, which is not"
             f" --sft_model_path={sft_path} or has changed; name that one, or leave --share_trunk"
