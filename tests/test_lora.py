@@ -10,7 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 import run_dpo
 import run_ppo
@@ -23,6 +27,7 @@ from rlhf.errors import InputError
 from rlhf.experience import token_numbers
 from rlhf.lora import active, adapter_weights, add_adapter, merged_weights, trained_share
 from rlhf.models import (
+    Critic,
     hidden_states,
     load_policy,
     load_reward_model,
@@ -34,7 +39,7 @@ from rlhf.sharing import (
     SharedRewardModel,
     recompute_as_run,
 )
-from tests.conftest import build_gpt2
+from tests.conftest import build_gpt2, write_jsonl
 from tests.faults.world import content
 from tests.test_experience import build as build_actors
 from tests.test_resume import stop
@@ -55,7 +60,7 @@ CONVERSATION = torch.arange(20)[None]
 
 def stir(model, name="default", scale=0.1):
     """Give an adapter weights that do something; a new one does nothing."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for weight in adapter_weights(model, name).values():
             weight.normal_(0, scale, generator=generator)
@@ -112,6 +117,28 @@ def test_only_the_adapter_is_trained(tokenizer):
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in adapter_weights(model).values()}
     assert len(trained) == 2 * 2 * 4  # A and B of four linear layers in two blocks
+
+
+def test_an_output_layer_of_its_own_is_frozen_and_the_head_of_a_reward_model_is_not(
+    tokenizer, base_path
+):
+    config = build_gpt2(tokenizer).config
+    config.tie_word_embeddings = False
+    untied = add_adapter(GPT2LMHeadModel(config), **ADAPTER)
+    assert not untied.lm_head.weight.requires_grad
+    model = load_reward_model(base_path, flag="--x", device=CPU, eos_id=0)
+    add_adapter(model, **ADAPTER)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 17 and "score.weight" in trained
+
+
+def test_an_adapter_has_dropout_in_training_mode_alone(tokenizer):
+    model = policy_with_adapter(tokenizer, dropout=0.5)
+    assert not any(module.training for module in model.modules())
+    stir(model)
+    assert torch.equal(model(CONVERSATION).logits, model(CONVERSATION).logits)
+    model.train()
+    assert not torch.equal(model(CONVERSATION).logits, model(CONVERSATION).logits)
 
 
 def test_targets_are_the_ends_of_names(tokenizer):
@@ -279,18 +306,30 @@ def test_resumed_run_equals_uninterrupted_run(stage, call, lineage, base_path, d
 
 
 @pytest.mark.slow
-def test_full_rank_reaches_the_loss_of_full_fine_tuning(lineage, base_path, data_dir, tmp_path):
-    """Rank 32 is all that a 32-wide layer can have. The rate is what LoRA wants: several times
-    larger, since B starts at 0; both rates were the best of a few.
+def test_full_rank_reaches_the_loss_of_full_fine_tuning(base_path, data_dir, tmp_path):
+    """A model that knows the words learns new answers with them, from a loss of some nats.
+
+    Rank 32 is all that a layer of width 32 can have, and alpha = 2 r. 0.01 was the best of three
+    rates for both. Two answers to each prompt: neither loss can reach 0.
     """
-    common = [f"--model_id={base_path}", "--num_epochs=12", "--batch_size=8"]
-    full = run("sft", lineage, data_dir, *common, "--learning_rate=3e-3", ckpt_dir=tmp_path / "a")
-    options = ["--use_peft", "--lora_r=32", "--lora_alpha=32", "--lora_dropout=0"]
-    lora = run(
-        "sft", lineage, data_dir, *common, *options, "--learning_rate=3e-3", ckpt_dir=tmp_path / "b"
-    )
-    ours, theirs = (epochs(folder, "loss")[-1] for folder in (lora, full))
-    assert ours <= 1.02 * theirs
+    options = ["--batch_size=20", "--num_epochs=60", "--log_step=3", "--keep=1"]
+    options += ["--learning_rate=1e-2"]
+    model = f"--model_id={base_path}"
+    run("sft", tmp_path, data_dir, model, *options, ckpt_dir=tmp_path / "base")
+    for side in ("train", "eval"):
+        lines = (data_dir / f"sft/{side}.jsonl").read_text().splitlines()
+        scored = [json.loads(line) for line in lines]
+        for row in scored:
+            is_good = row["score"] > 5
+            row["response"] = f"No, {row['prompt'][-3:]}." if is_good else "A please."
+        write_jsonl(tmp_path / f"sft/{side}.jsonl", scored)
+    (knows_words,) = (tmp_path / "base").glob("*_epoch=60_*")
+    model = f"--model_id={knows_words}"
+    full = run("sft", tmp_path, tmp_path, model, *options, ckpt_dir=tmp_path / "full")
+    more = ["--use_peft", "--lora_r=32", "--lora_alpha=64", "--lora_dropout=0"]
+    lora = run("sft", tmp_path, tmp_path, model, *options, *more, ckpt_dir=tmp_path / "lora")
+    assert epochs(lora, "eval_loss")[0] > 2
+    assert epochs(lora, "loss")[-1] <= 1.02 * epochs(full, "loss")[-1]
 
 
 # Wrong uses
@@ -366,13 +405,25 @@ def test_adapters_on_one_trunk_stay_apart(lineage, batch):
     assert all(p.requires_grad for p in critic.parameters()) and len([*critic.parameters()]) == 16
     hidden_states(critic, batch).sum().backward()
     assert all(p.grad is None for p in adapter_weights(policy).values())
+    # Its own dropout, 0.05 by default, stayed with the reward model.
+    assert not any(isinstance(x, torch.nn.Dropout) and x.p > 0 for x in policy.modules())
     merged, own = merged_weights(policy), merged_weights(alone)
-    assert merged.keys() == own.keys() == load_policy_keys(lineage)
+    assert merged.keys() == own.keys()
     assert all(torch.equal(merged[key], own[key]) for key in own)
 
 
-def load_policy_keys(lineage):
-    return load_policy(str(lineage / "sft/best"), flag="--x", device=CPU).state_dict().keys()
+def test_each_optimiser_has_an_adapter_of_its_own(lineage):
+    policy, trunk, _ = shared(lineage)
+    critic = Critic(trunk, 32, 0.0)
+    args = run_ppo.parse_args(["--sft_model_path=x", "--rm_model_path=y"])
+    schedules = run_ppo.build_schedules(args, policy, critic, [[]])
+    ours, theirs = (
+        {id(p) for group in schedule.optimizer.param_groups for p in group["params"]}
+        for schedule in schedules
+    )
+    assert ours == {id(p) for p in adapter_weights(policy).values()}
+    head = {id(p) for p in critic.head.parameters()}
+    assert theirs == {id(p) for p in adapter_weights(policy, CRITIC).values()} | head
 
 
 def test_checkpointing_computes_again_with_the_adapter_that_was_active(lineage, batch):
@@ -391,14 +442,11 @@ def test_checkpointing_computes_again_with_the_adapter_that_was_active(lineage, 
     assert (checkpointed - plain).norm() <= 1e-6 * plain.norm()
 
 
-NUMBERS = {"tokens_per_second"}
-
-
 def compare(ours, theirs):
     assert len(rows(ours)) == len(rows(theirs))
     for mine, other in zip(rows(ours), rows(theirs), strict=True):
         assert mine.keys() == other.keys()
-        for name in mine.keys() - NUMBERS:
+        for name in mine.keys() - {"tokens_per_second"}:
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
