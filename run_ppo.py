@@ -170,7 +170,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.share_trunk and not (args.use_peft and args.critic == "separate"):
         parser.error("--share_trunk needs --use_peft and --critic=separate: add them, or leave it")
     if args.share_trunk and args.compile:
-        parser.error("--share_trunk changes adapters at every forward, --compile cannot: leave one")
+        parser.error("--share_trunk and --compile: each adapter would be compiled anew; leave one")
     return check_lora_arguments(parser, args)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -65,9 +66,13 @@ def require_undamaged(path: str, *, flag: str) -> None:
     if (folder / CHECKSUMS).exists() or (folder / RUN_FILE).exists():
         flaw = flaw_of(folder)
         if flaw:
+            renew = (
+                f"(cd {shlex.quote(path)} && find * -type f ! -name {CHECKSUMS} -exec sha256sum"
+                f' {{}} + > {CHECKSUMS} && echo "# $(wc -l < {CHECKSUMS}) files" >> {CHECKSUMS})'
+            )
             raise InputError(
                 f"{flag}={path}: is damaged: {flaw}; name another checkpoint, or, if you changed it"
-                f" yourself, run (cd {path} && sha256sum *.* > {CHECKSUMS})"
+                f" yourself, run {renew}"
             )
 
 

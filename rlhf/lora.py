@@ -219,17 +219,17 @@ def trained_share(*modules: nn.Module) -> str:
     whole = sum(p.numel() for p in weights if id(p) not in added)
     return (
         f"LoRA: {short(trained)} of {short(whole)} weights are trained ({trained / whole:.2%});"
-        f" AdamW keeps {short(8 * trained)}B for them instead of {short(8 * whole)}B"
+        f" AdamW keeps {short(8 * trained, ' ')}B for them instead of {short(8 * whole, ' ')}B"
     )
 
 
-def short(number: float) -> str:
+def short(number: float, gap: str = "") -> str:
     """Write a number of any size in a few characters.
 
     >>> [short(n) for n in (950, 811_008, 124_439_808, 1_557_611_200)]
-    ['950 ', '811 k', '124 M', '1.56 G']
+    ['950', '811k', '124M', '1.56G']
     """
     unit = 0
     while number >= 1000 and unit < 3:
         number, unit = number / 1000, unit + 1
-    return f"{number:.3g} {' kMG'[unit].strip()}"
+    return f"{number:.3g}{gap}{('', 'k', 'M', 'G')[unit]}"

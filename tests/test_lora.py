@@ -1,6 +1,7 @@
 """LoRA: an adapter is trained beside frozen weights, and everybody sees a whole checkpoint."""
 
 import json
+import math
 import re
 import shutil
 import warnings
@@ -14,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import run_dpo
@@ -167,12 +170,27 @@ def test_the_share_that_is_trained_is_told(tokenizer):
     # In each block 32 + 96, 32 + 32, 32 + 128 and 128 + 32 numbers at rank 1; of two blocks, 1024.
     whole = sum(p.numel() for p in build_gpt2(tokenizer).parameters())
     assert told == (
-        f"LoRA: 1.02 k of {whole / 1000:.3g} k weights are trained ({1024 / whole:.2%});"
+        f"LoRA: 1.02k of {whole / 1000:.3g}k weights are trained ({1024 / whole:.2%});"
         f" AdamW keeps 8.19 kB for them instead of {8 * whole / 1000:.3g} kB"
     )
 
 
 # What a checkpoint holds
+
+
+def test_layers_and_output_layers_of_another_family(tokenizer):
+    """Llama's linear layers hold (out, in), and its output layer is not the embedding."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = stir(add_adapter(LlamaForCausalLM(config).eval(), **ADAPTER))
+    assert len(adapter_weights(model)) == 2 * 2 * 7
+    merged = LlamaForCausalLM(config).eval()
+    merged.load_state_dict(merged_weights(model))
+    expected = model(CONVERSATION).logits
+    torch.testing.assert_close(merged(CONVERSATION).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["policy", "reward model"])
@@ -330,6 +348,24 @@ def test_full_rank_reaches_the_loss_of_full_fine_tuning(base_path, data_dir, tmp
     lora = run("sft", tmp_path, tmp_path, model, *options, *more, ckpt_dir=tmp_path / "lora")
     assert epochs(lora, "eval_loss")[0] > 2
     assert epochs(lora, "loss")[-1] <= 1.02 * epochs(full, "loss")[-1]
+
+
+@pytest.mark.slow
+def test_compiling_changes_no_adapter(lineage, data_dir, tmp_path):
+    options = [*OPTIONS["ppo"], "--max_steps=1"]
+    plain, compiled = (
+        run("ppo", lineage, data_dir, *options, *more, ckpt_dir=tmp_path / str(len(more)))
+        for more in ([], ["--compile"])
+    )
+    compare(compiled, plain)
+
+
+@pytest.mark.parametrize(
+    "options", [["--critic=shared"], ["--dtype=bfloat16"], ["--dtype=bfloat16", "--share_trunk"]]
+)
+def test_ppo_variants_run(options, lineage, data_dir, tmp_path):
+    folder = run("ppo", lineage, data_dir, *OPTIONS["ppo"], *options, ckpt_dir=tmp_path)
+    assert math.isfinite(epochs(folder, "eval_scores")[-1])
 
 
 # Wrong uses
