@@ -16,6 +16,11 @@ exec "$PYTHON" run_dpo.py \
     --learning_rate=1e-5 \
     --beta=0.2 \
     --loss=dpo \
+    --use_peft=false \
+    --lora_r=16 \
+    --lora_alpha=32 \
+    --lora_dropout=0.0 \
+    --lora_target_modules=all-linear \
     --dtype=auto \
     --micro_batch_size=0 \
     --gradient_checkpointing=false \

@@ -33,6 +33,12 @@ exec "$PYTHON" run_ppo.py \
     --critic=separate \
     --missing_eos_penalty=1.0 \
     --eval_samples=256 \
+    --use_peft=false \
+    --lora_r=16 \
+    --lora_alpha=32 \
+    --lora_dropout=0.0 \
+    --lora_target_modules=all-linear \
+    --share_trunk=false \
     --dtype=auto \
     --micro_batch_size=0 \
     --gradient_checkpointing=false \

@@ -18,6 +18,11 @@ exec "$PYTHON" run_rm.py \
     --dropout=0.0 \
     --max_reward=5.0 \
     --loss=regression \
+    --use_peft=false \
+    --lora_r=16 \
+    --lora_alpha=32 \
+    --lora_dropout=0.05 \
+    --lora_target_modules=all-linear \
     --dtype=auto \
     --micro_batch_size=0 \
     --gradient_checkpointing=false \

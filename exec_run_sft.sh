@@ -16,6 +16,11 @@ exec "$PYTHON" run_sft.py \
     --learning_rate=2e-5 \
     --warmup_ratio=0.1 \
     --dropout=0.0 \
+    --use_peft=false \
+    --lora_r=16 \
+    --lora_alpha=32 \
+    --lora_dropout=0.05 \
+    --lora_target_modules=all-linear \
     --dtype=auto \
     --micro_batch_size=0 \
     --gradient_checkpointing=false \

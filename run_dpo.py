@@ -24,8 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.arguments import (
     Parser,
+    add_lora_arguments,
     add_training_arguments,
+    check_lora_arguments,
     count,
+    lora_options,
     nonempty,
     positive,
     positive_count,
@@ -36,6 +39,7 @@ from rlhf.checkpoints import load_tensors, save_tensors, weights_fingerprint
 from rlhf.earlier import RESUME
 from rlhf.errors import RunError, run_script
 from rlhf.logprobs import sequence_logprobs, token_logprobs
+from rlhf.lora import active, add_adapter, trained_share
 from rlhf.losses import dpo_loss
 from rlhf.memory import fit
 from rlhf.metrics import Metrics, say
@@ -85,11 +89,13 @@ def build_parser() -> Parser:
     add("--loss", choices=("dpo",), default="dpo", help="preference loss")
     names = ["--log_step", "--logging_steps"]
     add_training_arguments(parser, log_step=100, log_step_names=names)
+    add_lora_arguments(parser, dropout=0.0)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    return check_lora_arguments(parser, parser.parse_args(argv))
 
 
 def load_pairs(
@@ -139,12 +145,15 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     # Every dropout is at 0: policy and reference are the same function until the first update, and
     # so the policy can compute the reference's logprobs before it is trained.
     policy = load_policy(sft_path, flag=flag, device=runtime.device).train()
+    made_from = {"sha256": reference_fingerprint(policy, pairs, heldout, runtime)}
+    if args.use_peft:
+        add_adapter(policy, **lora_options(args))
+        say(trained_share(policy))
     prepare_training(
         policy, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     set_generation_defaults(policy, tokenizer)
     pad_id = tokenizer.eos_token_id
-    made_from = {"sha256": reference_fingerprint(policy, pairs, heldout, runtime)}
     room, cache = Room(args.micro_batch_size), folder.path / RESUME / "ref_logprobs"
     cached = load_tensors(cache, device=runtime.device)
     if cached and cached[1] == made_from:
@@ -153,7 +162,8 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         ref_logprobs = {}  # (number of pairs, 2) each
         for side, some in (("train", pairs), ("eval", heldout)):
             compute = partial(all_logprobs, policy, pad_id, runtime, some)
-            ref_logprobs[side], room = fit(compute, room, runtime.device)
+            with active(policy, None):
+                ref_logprobs[side], room = fit(compute, room, runtime.device)
     shard(policy, zero_stage=runtime.zero_stage)
     lengths = [max(map(sample_length, pair)) for pair in pairs]
     plan = plan_epochs(

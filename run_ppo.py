@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,9 +25,12 @@ from rlhf.advantages import gae, token_rewards
 from rlhf.arguments import (
     Parser,
     add_boolean,
+    add_lora_arguments,
     add_training_arguments,
+    check_lora_arguments,
     count,
     inner_ratio,
+    lora_options,
     non_negative,
     nonempty,
     number,
@@ -52,6 +56,7 @@ from rlhf.experience import (
     token_numbers,
 )
 from rlhf.generation import Rollout, decoder_name
+from rlhf.lora import ADAPTER_FOLDER, add_adapter, load_adapter, trained_share
 from rlhf.losses import ppo_policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_sum, masked_whiten
 from rlhf.memory import fit
@@ -83,6 +88,13 @@ from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.sampling import Sampling
 from rlhf.tokens import count_dropped, early_end_ids, encode_prompts, has_room
+from rlhf.trunk import (
+    CRITIC,
+    AdapterView,
+    SharedRewardModel,
+    recompute_as_run,
+    require_shareable,
+)
 
 CONSOLE = [
     "objective/scores",
@@ -142,6 +154,9 @@ def build_parser() -> Parser:
     add("--reward_fn", type=nonempty, help="file.py:function or module:function")
     add("--eval_samples", type=count, default=256, help="held-out prompts to judge by (0 = all)")
     add_training_arguments(parser, log_step=1, unit="rollouts")
+    add_lora_arguments(parser, dropout=0.0)
+    help = "policy, reference, critic and reward model as adapters on one trunk; needs --use_peft"
+    add_boolean(parser, "--share_trunk", default=False, help=help)
     return parser
 
 
@@ -153,7 +168,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if 0 < args.max_new_tokens < args.min_gen_len:
         limits = f"--max_new_tokens={args.max_new_tokens} is less than --min_gen_len"
         parser.error(f"{limits}={args.min_gen_len}: no response could end")
-    return args
+    if args.share_trunk and not (args.use_peft and args.critic == "separate"):
+        parser.error("--share_trunk needs --use_peft and --critic=separate: add them, or leave it")
+    if args.share_trunk and args.compile:
+        parser.error("--share_trunk and --compile: each adapter would be compiled anew; leave one")
+    return check_lora_arguments(parser, args)
 
 
 def load_prompts(
@@ -178,6 +197,8 @@ def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerB
     flag, path = "--rm_model_path", args.rm_model_path
     own = load_tokenizer(path, flag=flag, kind=REWARD_MODEL, max_len=args.max_len)
     require_same_tokenizer(tokenizer, own, flag=flag)
+    if args.share_trunk:
+        require_shareable(path, flag=flag, sft_path=args.sft_model_path)
     return read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
 
 
@@ -191,7 +212,8 @@ def load_actors(
 ) -> Actors:
     """Load policy and reference, and a critic: on the reward model's trunk if there is one.
 
-    Every dropout is at 0: PPO compares numbers of forwards that must be the same function.
+    Every dropout is at 0: PPO compares numbers of forwards that must be the same function. With an
+    adapter on the policy, the reference is the policy without it.
     """
     load = partial(load_policy, args.sft_model_path, flag="--sft_model_path", device=runtime.device)
     prepare = partial(
@@ -199,14 +221,35 @@ def load_actors(
         gradient_checkpointing=args.gradient_checkpointing,
         compile=args.compile,
     )
-    policy, ref_policy = prepare(load()), load().requires_grad_(False)
-    if args.critic == "shared":
-        trunk, hidden_size = None, policy.config.hidden_size
-    else:
+    policy = with_adapter(args, load())
+    ref_policy = None if args.use_peft else load().requires_grad_(False)
+    trunk, hidden_size = None, policy.config.hidden_size
+    if args.share_trunk:
+        trunk = critic_view(args, policy)
+    elif args.critic == "separate":
         model = load() if args.reward_fn else load_reward(args, runtime.device, sampling.eos_id)
-        trunk, hidden_size = prepare(model).base_model, model.config.hidden_size
+        model = prepare(with_adapter(args, model))
+        trunk, hidden_size = model.base_model, model.config.hidden_size
+    prepare(policy)
+    if args.share_trunk:
+        recompute_as_run(policy)
     critic = Critic(trunk, hidden_size, mean_reward).to(runtime.device).train()
+    if args.use_peft:
+        say(trained_share(policy, critic))
     return Actors(policy, ref_policy, critic, sampling, runtime)
+
+
+def with_adapter(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedModel:
+    return add_adapter(model, **lora_options(args)) if args.use_peft else model
+
+
+def critic_view(args: argparse.Namespace, policy: PreTrainedModel) -> AdapterView:
+    """Put the critic's adapter on the policy's trunk: at first a copy of the reward model's."""
+    if args.reward_fn:
+        add_adapter(policy, **lora_options(args), name=CRITIC)
+    else:
+        load_adapter(policy, Path(args.rm_model_path) / ADAPTER_FOLDER, name=CRITIC)
+    return AdapterView(policy, CRITIC)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -252,9 +295,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     room = Room(args.micro_batch_size)
     eos_id, mean_reward = tokenizer.eos_token_id, 0.0
     if not args.reward_fn:
-        reward_model = load_reward(args, runtime.device, eos_id)
         mean_reward = reward_facts.reward_mean
-        score = score_by_model(reward_model, reward_facts, runtime=runtime)
     sampling = Sampling(
         do_sampling=args.do_sampling,
         temperature=args.temperature,
@@ -268,6 +309,13 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     )
     actors = load_actors(args, sampling, runtime, mean_reward)
     policy, critic = actors.policy, actors.critic
+    if not args.reward_fn:
+        if args.share_trunk:
+            flag, path = "--rm_model_path", args.rm_model_path
+            reward_model = SharedRewardModel(policy, path, flag=flag)
+        else:
+            reward_model = load_reward(args, runtime.device, eos_id)
+        score = score_by_model(reward_model, reward_facts, runtime=runtime)
     set_generation_defaults(policy, tokenizer, **sampling.generation_config())
 
     plan = plan_epochs(
@@ -427,7 +475,8 @@ def build_schedules(
     """Build an optimiser each for policy and critic, or one for both where they share a trunk."""
     sizes = [len(batch.rows) for batches in plan for batch in batches]
     minibatches = sum(math.ceil(size / (args.minibatch_size or size)) for size in sizes)
-    groups = [[*policy.parameters()], [*critic.parameters()]]
+    of_critic = {id(weight) for weight in critic.parameters()}  # its adapter may lie in the policy
+    groups = [[p for p in policy.parameters() if id(p) not in of_critic], [*critic.parameters()]]
     if args.critic == "shared":
         groups = [groups[0] + groups[1]]
     return [

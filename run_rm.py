@@ -22,9 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.arguments import (
     Parser,
+    add_lora_arguments,
     add_training_arguments,
+    check_lora_arguments,
     command,
     count,
+    lora_options,
     nonempty,
     number,
     positive,
@@ -35,6 +38,7 @@ from rlhf.arguments import (
 from rlhf.batches import Room, build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.errors import InputError, run_script
 from rlhf.evaluation import pair_accuracy, spearman
+from rlhf.lora import add_adapter, trained_share
 from rlhf.losses import pairwise_reward_loss, regression_reward_loss
 from rlhf.metrics import Metrics, say
 from rlhf.models import (
@@ -79,11 +83,13 @@ def build_parser() -> Parser:
     add("--loss", choices=losses, default="regression", help="predict the score, or the better")
     add("--dropout", type=share, default=0.0, help="dropout probability")
     add_training_arguments(parser, log_step=10)
+    add_lora_arguments(parser, dropout=0.05)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    return check_lora_arguments(parser, parser.parse_args(argv))
 
 
 class Responses:
@@ -165,6 +171,9 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     model = load_reward_model(
         sft_path, flag=flag, device=runtime.device, eos_id=eos_id, dropout=args.dropout
     )
+    if args.use_peft:
+        add_adapter(model, **lora_options(args))
+        say(trained_share(model))
     prepare_training(
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )

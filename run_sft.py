@@ -21,9 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.arguments import (
     Parser,
+    add_lora_arguments,
     add_training_arguments,
+    check_lora_arguments,
     command,
     count,
+    lora_options,
     nonempty,
     positive,
     positive_count,
@@ -33,6 +36,7 @@ from rlhf.arguments import (
 from rlhf.batches import Batch, Room, build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.errors import run_script
 from rlhf.logprobs import token_logprobs
+from rlhf.lora import add_adapter, trained_share
 from rlhf.masked import masked_sum
 from rlhf.metrics import Metrics, say
 from rlhf.models import (
@@ -79,11 +83,13 @@ def build_parser() -> Parser:
     )
     add("--dropout", type=share, default=0.0, help="dropout probability")
     add_training_arguments(parser, log_step=10)
+    add_lora_arguments(parser, dropout=0.05)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    return check_lora_arguments(parser, parser.parse_args(argv))
 
 
 def load_samples(
@@ -136,6 +142,9 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     model = load_policy(
         args.model_id, flag="--model_id", device=runtime.device, dropout=args.dropout
     )
+    if args.use_peft:
+        add_adapter(model, **lora_options(args))
+        say(trained_share(model))
     prepare_training(
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )

@@ -6,7 +6,7 @@ Nothing is measured here. Memory of weights follows from what is kept of each: 1
 trained one (float32 weight, gradient, AdamW's two moments), 4 for a frozen one. Memory of
 activations, and the FLOPs, follow from shapes and from constants that the other benchmarks measured
 (`ACTIVATIONS`). Time assumes rates, which are written above the table; states and time
-are divided among GPUs evenly.
+are divided among GPUs evenly. A second table has the peak of PPO, with adapters and without.
 """
 
 import argparse
@@ -17,12 +17,20 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rlhf.batches import TOKENS_PER_FORWARD
+from rlhf.logprobs import NUMBERS_KEPT
 from toyworld.tables import markdown_table
 
 # Numbers kept for the backward pass, a token, layer and unit of width: the 11 to 14 that
 # bench_memory.py sees go with --gradient_checkpointing, and the layer's input, which stays.
 ACTIVATIONS = 15.0
 STATES = {"SFT": (1, 0), "RM": (1, 0), "DPO": (1, 0), "PPO": (2, 2)}  # models trained, frozen
+# PPO's models on one GPU: weights kept, and those that are trained, as multiples of a whole model's
+# and of an adapter's. With adapters the reference is the policy without its own.
+PPO_MODELS = {  # (whole models kept, trained), (adapters kept, trained)
+    "full fine-tuning": ((4, 2), (0, 0)),
+    "`--use_peft`": ((3, 0), (2, 2)),
+    "`--use_peft --share_trunk`": ((1, 0), (3, 2)),
+}
 # Millions of tokens that UltraFeedback with the default arguments takes through each stage, and
 # FLOPs a weight and token: 2 forwards, 4 backwards. DPO's reference is computed once. PPO, 41,000
 # prompts with 256 new tokens each: old logprobs and values 4, reference and reward 4, and three
@@ -57,6 +65,9 @@ def parse_args() -> argparse.Namespace:
     add("--peak", type=float, default=989, help="TFLOP/s of a GPU in bfloat16 (H100: 989)")
     add("--bandwidth", type=float, default=3.35, help="TB/s of a GPU's memory (H100: 3.35)")
     add("--share", type=float, default=0.4, help="of the peak that training reaches: assumed")
+    add("--lora_r", type=int, default=16, help="rank of the adapters")
+    gpt2 = [name for name in SHAPES if name != "7B"]  # adapters are counted in GPT-2's blocks
+    add("--ppo", nargs="*", default=gpt2, choices=gpt2, help="models of PPO's table")
     return parser.parse_args()
 
 
@@ -70,6 +81,29 @@ def activations_gb(shape: Shape, *, checkpointed: bool) -> float:
     """Activations of one forward in bfloat16; checkpointed: all inputs, and one layer's rest."""
     numbers = 1 + (ACTIVATIONS - 1) / shape.layers if checkpointed else ACTIVATIONS
     return TOKENS_PER_FORWARD * shape.layers * shape.width * numbers * 2 / 1e9
+
+
+def adapter_weights(shape: Shape, r: int) -> int:
+    """A and B of all linear layers of a GPT-2 block: D to 3 D, D to D, D to 4 D and back."""
+    return r * 16 * shape.width * shape.layers
+
+
+def ppo_gb(shape: Shape, way: str, r: int) -> tuple[float, float, float]:
+    """Weights with gradients and moments; the peak of an update; the same with checkpointing.
+
+    An update holds the activations of policy and critic at once, the log-probabilities that wait
+    for the backward pass, and, until it has come, the bfloat16 copies of the weights that the
+    products took; with gradient checkpointing those of a layer only.
+    """
+    states = 0.0
+    for size, (kept, trained) in zip(
+        (shape.weights, adapter_weights(shape, r)), PPO_MODELS[way], strict=True
+    ):
+        states += size * (4 * kept + 12 * trained) / 1e9
+    logprobs, copies = NUMBERS_KEPT * 4 / 1e9, 2 * 2 * shape.weights / 1e9
+    whole, checkpointed = (activations_gb(shape, checkpointed=flag) for flag in (False, True))
+    most = states + logprobs + copies + 2 * whole
+    return states, most, states + logprobs + copies / shape.layers + 2 * checkpointed
 
 
 def train_hours(shape: Shape, stage: str, args: argparse.Namespace) -> float:
@@ -98,6 +132,12 @@ def main(args: argparse.Namespace) -> None:
                 work += f" + {sampling_hours(shape, args):.2g} or more"
             rows.append([name, stage, *figures, work])
     print(markdown_table(rows))
+    rows = [["model", "PPO by", "weights and AdamW, GB", "peak, GB", "checkpointed, GB"]]
+    for name in args.ppo:
+        for way in PPO_MODELS:
+            figures = [f"{gb:.1f}" for gb in ppo_gb(SHAPES[name], way, args.lora_r)]
+            rows.append([name, way, *figures])
+    print(f"\nPPO, computed, with adapters of rank {args.lora_r}:\n\n{markdown_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
     tokens       a record to prompt_ids and response_ids
     batches      ids to padded tensors, in a seeded, length-grouped order
     models       policy, reference, reward model and critic
+    lora         adapters: a few trained weights beside frozen ones
     logprobs     hidden states to log-probabilities of tokens and of sequences
     sampling     logits to tokens, with seeded noise
     kv_cache     what a decode loop remembers of its prompts
@@ -23,6 +24,7 @@
     disk         what appears on it whole or not at all; one writer for a folder
     checkpoints  folders that other tools load, and `run.json`
     earlier      the runs that a folder holds, and how one makes place
+    trunk        policy, reference, critic and reward model on one trunk
     run_folder   one run of a stage: what it was made from, its checkpoints, `best`
     metrics      console, metrics.jsonl, trackers, training.png
     memory       what does not fit into it is done again in smaller parts

@@ -4,6 +4,7 @@ import argparse
 import math
 import shlex
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rlhf.errors import exit_in_one_line
 
@@ -196,3 +197,59 @@ def add_training_arguments(
         default=0,
         help="checkpoints to keep: the newest so many, and the best (0 = all)",
     )
+
+
+LORA = {"lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+LORA |= {"lora_target_modules": "targets"}
+
+
+def add_lora_arguments(parser: Parser, *, dropout: float) -> None:
+    """Add the arguments of LoRA; where dropout is 0 by default, `check_lora_arguments` keeps it."""
+    add_boolean(
+        parser,
+        "--use_peft",
+        default=False,
+        help="train an adapter (LoRA) beside frozen weights: less memory",
+    )
+    parser.add_argument(
+        "--lora_r", type=positive_count, default=16, help="rank of the adapter's matrices"
+    )
+    parser.add_argument(
+        "--lora_alpha", type=positive_count, default=32, help="the adapter counts alpha / r times"
+    )
+    parser.add_argument(
+        "--lora_dropout",
+        type=share,
+        default=dropout,
+        help="dropout before the adapter" if dropout else "none here: only 0 is allowed",
+    )
+    parser.add_argument(
+        "--lora_target_modules",
+        type=nonempty,
+        default="all-linear",
+        help="layers with an adapter: their names, or the ends of them, with commas between",
+    )
+
+
+def check_lora_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """Refuse arguments of LoRA without --use_peft, and dropout where there is none.
+
+    Returns the arguments.
+    """
+    if args.lora_dropout > 0 and not parser.get_default("lora_dropout"):
+        parser.error(
+            f"--lora_dropout={args.lora_dropout:g}: must be 0 here: the policy is compared with the"
+            " reference and with itself by forwards that must be the same function"
+        )
+    for name in LORA:
+        value = getattr(args, name)
+        if not args.use_peft and value != parser.get_default(name):
+            parser.error(f"--{name}={value} needs --use_peft: add it, or leave --{name} out")
+    return args
+
+
+def lora_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Give the arguments of LoRA as `add_adapter` takes them."""
+    options = {word: getattr(args, name) for name, word in LORA.items()}
+    targets = [target.strip() for target in args.lora_target_modules.split(",")]
+    return {**options, "targets": [target for target in targets if target]}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.disk import CHECKSUMS, commit, flaw_of, hidden, sha256_of, write_json
 from rlhf.errors import DIVERGED, InputError, RunError
+from rlhf.lora import ADAPTER_FOLDER, merged_weights, save_adapter
 from rlhf.processes import is_main_process
 
 RUN_FILE = "run.json"
@@ -65,9 +67,13 @@ def require_undamaged(path: str, *, flag: str) -> None:
     if (folder / CHECKSUMS).exists() or (folder / RUN_FILE).exists():
         flaw = flaw_of(folder)
         if flaw:
+            renew = (
+                f"(cd {shlex.quote(path)} && find * -type f ! -name {CHECKSUMS} -exec sha256sum"
+                f' {{}} + > {CHECKSUMS} && echo "# $(wc -l < {CHECKSUMS}) files" >> {CHECKSUMS})'
+            )
             raise InputError(
                 f"{flag}={path}: is damaged: {flaw}; name another checkpoint, or, if you changed it"
-                f" yourself, run (cd {path} && sha256sum *.* > {CHECKSUMS})"
+                f" yourself, run {renew}"
             )
 
 
@@ -105,14 +111,17 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of safetensors, tokenizer and `run.json` under `folder / name`.
 
-    `weights` stand in for those of a model that does not hold its own.
+    A model with an adapter is written merged, and the adapter in a folder within. `weights` stand
+    in for those of a model that does not hold its own.
     Raises: RunError if a weight is not finite, or the disk is full.
     """
     require_finite(weights or dict(model.named_parameters()), what=name)
     temporary = hidden(folder / name)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        weights = weights or merged_weights(model)
         model.save_pretrained(temporary, state_dict=weights)
+        save_adapter(model, temporary / ADAPTER_FOLDER, parent=run.get("parent", ""))
         tokenizer.save_pretrained(temporary)
         write_json(temporary / RUN_FILE, run)
         commit(temporary, folder / name)

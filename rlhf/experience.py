@@ -4,7 +4,8 @@ Old logprobs come from the forward that is trained, never from the sampler's cac
 rounds differently; and they are taken over the tokens that could have been sampled.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from rlhf.batches import Batch, Room, micro_batches_by_length
 from rlhf.errors import RunError
 from rlhf.generation import Rollout, generate
 from rlhf.logprobs import Support, sequence_logprobs, token_logprobs, token_stats
+from rlhf.lora import active
 from rlhf.masked import masked_mean
 from rlhf.models import Critic, response_states
 from rlhf.processes import join_rows, most_of_processes, num_processes
@@ -35,10 +37,19 @@ class Actors(NamedTuple):
     """The models that see every token of a response, and how they are run."""
 
     policy: PreTrainedModel
-    ref_policy: PreTrainedModel
+    ref_policy: PreTrainedModel | None  # None: the policy without its adapter
     critic: Critic | None  # None while the policy is only judged
     sampling: Sampling
     runtime: Runtime
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """Give the reference, for the forwards within."""
+        if self.ref_policy is not None:
+            yield self.ref_policy
+            return
+        with active(self.policy, None):
+            yield self.policy
 
 
 class Numbers(NamedTuple):
@@ -156,12 +167,13 @@ def token_numbers(actors: Actors, rollout: Rollout, room: Room) -> Numbers:
     numbers = torch.zeros(shape, device=actors.runtime.device)
     temperature = actors.sampling.temperature
     head = actors.policy.get_output_embeddings()
-    ref_head = actors.ref_policy.get_output_embeddings()
+    ref_head = (actors.ref_policy or actors.policy).get_output_embeddings()
     for rows, batch in micro_batches_by_length(rollout.batch, everything, room):
         ids, mask = batch.response_ids, batch.response_mask
         with actors.runtime.autocast():
             states = response_states(actors.policy, batch)  # (B, R, D)
-            ref_states = response_states(actors.ref_policy, batch)  # (B, R, D)
+            with actors.reference() as ref_policy:
+                ref_states = response_states(ref_policy, batch)  # (B, R, D)
             values = actors.critic(states, batch) if actors.critic else torch.zeros(ids.shape)
         support = rollout.support_of(rows, batch)
         stats = token_stats(states, ids, mask, head, temperature=temperature, support=support)

@@ -45,6 +45,12 @@ def from_pretrained(auto_class: Any, path: str, flag: str, **options: Any) -> An
     if not Path(path).is_dir() and not is_hub_id:
         raise InputError(f"{flag}={path}: no such checkpoint folder; name one, such as .../best")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        if (Path(path) / "adapter_config.json").is_file():
+            above = Path(path).absolute().parent
+            raise InputError(
+                f"{flag}={path}: is an adapter alone; give the checkpoint that holds it merged,"
+                f" such as {above}"
+            )
         raise InputError(f"{flag}={path}: is not a checkpoint (it holds no config.json)")
     options["local_files_only"] = not is_within_reach(path)
     try:

@@ -1,17 +1,17 @@
 """The optimiser, its schedule, and one step of it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.errors import DIVERGED, RunError
 from rlhf.processes import sum_gradients
-from rlhf.sharding import whole
+from rlhf.sharding import part_like, whole
 
 
 def schedule_factor(step: int, *, num_steps: int, num_warmup: int) -> float:
@@ -28,12 +28,13 @@ def schedule_factor(step: int, *, num_steps: int, num_warmup: int) -> float:
 def build_schedule(
     parameters: Iterable[Parameter], *, learning_rate: float, num_steps: int, warmup_ratio: float
 ) -> LambdaLR:
-    """Build AdamW (its `.optimizer`) and the learning rate's schedule.
+    """Build AdamW (its `.optimizer`) for what is not frozen, and the learning rate's schedule.
 
     No weight decay. eps stays at 1e-8: gradients clipped to norm 1 over 124M weights are near 1e-4
     each, and a larger eps would damp them.
     """
-    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0, eps=1e-8, fused=True)
+    trained = [p for p in parameters if p.requires_grad]
+    optimizer = AdamW(trained, lr=learning_rate, weight_decay=0.0, eps=1e-8, fused=True)
     num_warmup = math.ceil(warmup_ratio * num_steps)
     return LambdaLR(
         optimizer,
@@ -65,3 +66,17 @@ def optimizer_step(
         schedule.step()
         schedule.optimizer.zero_grad(set_to_none=True)
     return norms[0]
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Give an optimiser back the moments that stand under names with this prefix."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, _, key = name.removeprefix(prefix).partition(".")
+            weight = weights[int(index)]
+            moments.setdefault(int(index), {})[key] = (
+                part_like(tensor, weight) if tensor.shape == weight.shape else tensor
+            )
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})

@@ -28,6 +28,7 @@ from rlhf.earlier import EARLIER, RESUME, STATES
 from rlhf.errors import InputError
 from rlhf.memory import Result, fit
 from rlhf.metrics import Metrics, say
+from rlhf.optim import restore_optimizer
 from rlhf.processes import (
     is_main_process,
     most_of_processes,
@@ -180,10 +181,15 @@ class Progress:
         return sorted((self.folder.path / RESUME).glob(STATES), reverse=True)
 
     def weights(self) -> dict[str, Tensor]:
-        """Give all that is trained, by name; a tensor with two names stands under the first."""
+        """Give all that is trained, by name; a tensor with two names stands under the first.
+
+        Frozen weights are the parent's, which a run finds as it left it.
+        """
         tensors: dict[int, tuple[str, Tensor]] = {}
         for name, module in self.modules.items():
             for key, tensor in module.state_dict(keep_vars=True).items():
+                if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                    continue
                 tensors.setdefault(id(tensor), (f"{name}.{key}", tensor.detach()))
         return dict(tensors.values())
 
@@ -275,30 +281,15 @@ class Progress:
 
     def require_space(self) -> None:
         """Stop before training if the disk cannot take what it will write. Raises: RunError."""
-        sizes = [sum(p.numel() * 4 for p in m.parameters()) for m in self.modules.values()]
+        whole = sum(p.numel() * 4 for p in next(iter(self.modules.values())).parameters())
+        trained = sum(weight.numel() * 4 for weight in self.weights().values())
         keep = self.folder.keep
         checkpoints = min(len(self.plan), keep + 2) if keep else len(self.plan)
-        # A state holds each weight and AdamW's two moments, and is whole before the oldest goes.
-        needed = checkpoints * sizes[0] + (GENERATIONS + 1) * 3 * sum(sizes)
+        # A state holds what is trained and AdamW's moments, and is whole before the oldest goes.
+        needed = checkpoints * whole + (GENERATIONS + 1) * 3 * trained
         for entry in self.folder.path.iterdir():  # what stands there already
             if entry.name != EARLIER and not entry.is_symlink():
                 needed -= sum(p.stat().st_size for p in entry.rglob("*") if p.is_file())
         what = f"{checkpoints} checkpoints and the state of the run"
         remedy = "free some, or keep fewer by --keep"
         require_space(self.folder.path, needed, what=what, remedy=remedy)
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
-    """Give an optimiser back the moments that stand under names with this prefix."""
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            index, _, key = name.removeprefix(prefix).partition(".")
-            weight = weights[int(index)]
-            moments.setdefault(int(index), {})[key] = (
-                part_like(tensor, weight) if tensor.shape == weight.shape else tensor
-            )
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})

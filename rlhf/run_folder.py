@@ -83,7 +83,7 @@ class RunFolder:
         resume: str,
         keep: int = 0,
     ) -> None:
-        self.path, self.stage, self.keep = Path(path), stage, keep
+        self.path, self.stage, self.keep, self.resume = Path(path), stage, keep, resume
         check_run_folder(self.path, inputs)
         for flag, read in inputs.items():
             require_undamaged(read, flag=flag)
@@ -107,14 +107,14 @@ class RunFolder:
             "model": self.model,
             "arguments": arguments,
             "parent": named_checkpoint(parent),
+            "parent_content": content[flag],
             "data": data,
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "numpy")},
+                **{name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
             },
             "git_commit": git_commit(),
         }
-        self.resume = resume
         self.lock: Lock | None = None
         require_unlocked(self.path, flag="--ckpt_dir")
         self.standing = self.find_standing()

@@ -29,7 +29,9 @@ class Runtime(NamedTuple):
     device: torch.device
     precision: str  # "float32" or "bfloat16"
     notice: str  # what the user should know about the device; often empty
-    zero_stage: int  # what processes share out: 0 nothing, 2 gradients and moments, 3 weights too
+    zero_stage: int = (
+        0  # what processes share out: 0 nothing, 2 gradients and moments, 3 weights too
+    )
 
     def autocast(self) -> AbstractContextManager:
         """A context in which matrix products run in the chosen precision."""

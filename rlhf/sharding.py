@@ -46,12 +46,12 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def run_whole(model: PreTrainedModel, work: Callable[..., Tensor], *args: Any) -> Tensor:
+def run_whole(model: PreTrainedModel, work: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Do what needs a model's weights, its first argument, while they are there."""
     if not is_sharded(model):
-        return work(model, *args)
+        return work(model, *inputs)
     run: Any = model.run
-    return run(partial(work, model, *args))
+    return run(partial(work, model, *inputs))
 
 
 def in_step(model: nn.Module, parts: Sequence[slice]) -> Iterator[tuple[slice, int]]:

@@ -1,6 +1,6 @@
 """Trainers, one after another, in as many processes as start this: see test_processes.
 
-    torchrun --standalone --nproc_per_node 2 -m tests.four_stages BASE DATA OUT PARENTS NUMBER STAGES
+    torchrun --standalone --nproc_per_node 2 -m tests.four_stages BASE DATA OUT PARENTS 2 STAGE...
 
 PARENTS has the checkpoints that RM, DPO and PPO start from; it may be OUT itself.
 Writes what each run leaves, and the gradients of its first optimiser step.

@@ -213,3 +213,17 @@ def test_the_same_weights_under_other_names_have_another_fingerprint():
     layer = torch.nn.Linear(2, 2)
     one, other = torch.nn.ModuleDict({"a": layer}), torch.nn.ModuleDict({"b": layer})
     assert weights_fingerprint(one) != weights_fingerprint(other)
+
+
+def test_the_command_that_is_told_renews_the_checksums(gpt2, tokenizer, tmp_path):
+    path = save_checkpoint(tmp_path, "a b", model=gpt2, tokenizer=tokenizer, run={})
+    (path / "within").mkdir()
+    (path / "within/more.txt").write_text("as in adapter/")
+    (path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"config\.json has changed") as caught:
+        require_undamaged(str(path), flag="--x")
+    subprocess.run(str(caught.value).partition("yourself, run ")[2], shell=True, check=True)
+    require_undamaged(str(path), flag="--x")
+    (path / "within/more.txt").write_text("other")
+    with pytest.raises(InputError, match=r"within/more\.txt has changed"):
+        require_undamaged(str(path), flag="--x")

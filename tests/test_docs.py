@@ -29,6 +29,11 @@ TRAINING = {
     "resume": "auto",
     "save_every": 10.0,
     "keep": 0,
+    "use_peft": False,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "lora_target_modules": "all-linear",
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "load_dataset.py": {
@@ -110,6 +115,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_samples": 256,
         **TRAINING,
         "log_step": 1,
+        "lora_dropout": 0.0,
+        "share_trunk": False,
     },
     "run_dpo.py": {
         "seed": 42,
@@ -126,6 +133,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "loss": "dpo",
         **TRAINING,
         "log_step": 100,
+        "lora_dropout": 0.0,
     },
 }
 ALIASES = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.checkpoints import model_name, weights_fingerprint
+from rlhf.checkpoints import content_of, model_name, weights_fingerprint
 from rlhf.disk import link
 from rlhf.earlier import EARLIER, move_to_earlier
 from rlhf.errors import InputError, RunError
@@ -77,6 +77,7 @@ def test_run_json_tells_where_a_checkpoint_comes_from(gpt2, tokenizer, tmp_path)
         "model": "gpt2",
         "arguments": {"seed": 42},
         "parent": "openai-community/gpt2",
+        "parent_content": content_of("openai-community/gpt2"),
         "data": {"train.jsonl": "abc"},
         "epoch": 1,
         "metrics": {"eval_loss": 2.5},
