@@ -6,12 +6,14 @@ template of its own keeps it, and everything else that it has.
 """
 
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Regex
+from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -115,7 +117,7 @@ def with_tags(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """
     first = tokenizer("x").input_ids[:1]
     has_bos = tokenizer.bos_token is not None and first == [tokenizer.bos_token_id]
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend = copy.deepcopy(within_text(tokenizer) or tokenizer.backend_tokenizer)
     tags = Split(Regex("</?(?:instruction|response)>"), behavior="isolated")
     steps: list[PreTokenizer] = [tags]
     if backend.pre_tokenizer is not None:
@@ -140,6 +142,35 @@ def with_tags(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=BOS_CHAT_TEMPLATE if has_bos else CHAT_TEMPLATE,
     )
+
+
+@lru_cache(maxsize=8)
+def within_text(tokenizer: PreTrainedTokenizerFast) -> Tokenizer | None:
+    """Return what tokenises text that stands behind other text; None if the tokenizer itself does.
+
+    Llama 2's, for one, puts a space in front of whatever it is given, and takes it off again.
+    """
+
+    def without(part: Any) -> Any:
+        if isinstance(part, list):
+            return [without(x) for x in part if not is_space(x)]
+        if not isinstance(part, dict) or is_space(part):
+            return None if is_space(part) else part
+        scheme = {"prepend_scheme": "never"} if "prepend_scheme" in part else {}
+        return {name: without(value) for name, value in part.items()} | scheme
+
+    def is_space(part: Any) -> bool:
+        kind = part.get("type") if isinstance(part, dict) else None
+        return kind == "Prepend" or (kind == "Strip" and part.get("content") == " ")
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    new = {step: without(state[step]) for step in ("normalizer", "pre_tokenizer", "decoder")}
+    if new.items() <= state.items():
+        return None
+    backend = Tokenizer.from_str(json.dumps(state | new))
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
 def prompt_pieces(prompt: Prompt) -> list[str]:
@@ -212,7 +243,8 @@ def template_pieces(
     In each row text of the template and such strings take turns; the first is the template's.
     Raises: InputError if the template fails.
     """
-    pattern, rows = protected(tokenizer), []
+    in_answers, elsewhere = any_of(special_tokens(tokenizer) | {OPEN, CLOSE}), protected(tokenizer)
+    rows = []
     for prompt in prompts:
         strings: list[str] = []
 
@@ -220,10 +252,11 @@ def template_pieces(
             strings.append(match.group())
             return f"{OPEN}{len(strings) - 1}{CLOSE}"
 
-        messages = [
-            {**message, "content": pattern.sub(stand_in, message["content"])}
-            for message in messages_of(prompt)
-        ]
+        messages = []
+        for message in messages_of(prompt):
+            # Templates look for `</think>` in what the assistant has said.
+            pattern = in_answers if message["role"] == "assistant" else elsewhere
+            messages.append({**message, "content": pattern.sub(stand_in, message["content"])})
         pieces = STAND_IN.split(render(tokenizer, messages, add_generation_prompt=True))
         pieces[1::2] = [strings[int(number)] for number in pieces[1::2]]
         rows.append(pieces)

@@ -14,8 +14,18 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import InputError
 from rlhf.records import Prompt
-from rlhf.templates import form_of, has_tags, prompt_pieces, starts_with_bos, template_pieces
+from rlhf.templates import (
+    form_of,
+    has_tags,
+    prompt_pieces,
+    starts_with_bos,
+    template_pieces,
+    within_text,
+)
 from rlhf.token_cache import cached_ids
+
+# Who wrote a text: users and models; a template, from the beginning on; a template, further on.
+TEXT, START, REST = "text", "start", "rest"
 
 
 class Sample(NamedTuple):
@@ -30,19 +40,22 @@ def encode_texts(
     texts: Sequence[str],
     data_dir: str | Path | None = None,
     *,
-    written_by_template: bool = False,
+    kind: str = TEXT,
 ) -> list[list[int]]:
     """Tokenise texts as nothing but text: a special token's name in them stays plain text.
 
-    Only in text that a template has written it is the token. With `data_dir` the ids are kept there
-    for the next time.
+    It is the token only in what a template has written, of which `kind` tells START and REST. With
+    `data_dir` the ids are kept there for the next time.
     """
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        options = {"add_special_tokens": False, "split_special_tokens": not written_by_template}
-        return tokenizer(list(texts), **options, verbose=False).input_ids
+        backend = None if kind == START else within_text(tokenizer)
+        if backend is None:
+            options = {"add_special_tokens": False, "split_special_tokens": kind == TEXT}
+            return tokenizer(list(texts), **options, verbose=False).input_ids
+        backend.encode_special_tokens = kind == TEXT
+        return [x.ids for x in backend.encode_batch(list(texts), add_special_tokens=False)]
 
-    kind = "template" if written_by_template else "text"
     return cached_ids(tokenizer, texts, encode, data_dir, kind=kind) if texts else []
 
 
@@ -85,14 +98,11 @@ def encode_by_template(
     A prompt without a special token's name is tokenised whole, as other tools do.
     """
     rows = template_pieces(tokenizer, prompts)
-    texts = [text for pieces in rows for text in pieces[::2]]
-    encoded = iter(encode_texts(tokenizer, texts, data_dir, written_by_template=True))
-    prompt_ids = []
-    for pieces in rows:
-        ids = list(next(encoded))
-        for token in pieces[1::2]:
-            ids += [*encode_special(tokenizer, token), *next(encoded)]
-        prompt_ids.append(ids)
+    prompt_ids = encode_texts(tokenizer, [pieces[0] for pieces in rows], data_dir, kind=START)
+    for ids, pieces in zip(prompt_ids, rows, strict=True):
+        rest = encode_texts(tokenizer, pieces[2::2], kind=REST)
+        for token, more in zip(pieces[1::2], rest, strict=True):
+            ids += [*encode_special(tokenizer, token), *more]
     return prompt_ids
 
 
@@ -175,7 +185,11 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[i
     closing = form.closing
     if closing_ids and ids[-len(closing_ids) :] == closing_ids:
         ids, closing = ids[: -len(closing_ids)], ""
-    text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    backend = within_text(tokenizer)
+    if backend is None:
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    else:
+        text = backend.decode(ids, skip_special_tokens=False)
     return text.removesuffix(closing).removeprefix(form.opening)
 
 
