@@ -5,12 +5,14 @@ Some models scale or cap what their layer gives (Gemma 2, Cohere, Granite): of t
 takes the logits that the model's own forward gives.
 """
 
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Linear
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from rlhf.errors import InputError
@@ -35,8 +37,16 @@ def mark_head(model: PreTrainedModel) -> PreTrainedModel:
         # A cap hardly moves small logits, so these are compared exactly: nothing may touch them.
         is_plain = torch.equal(seen[1], logits)
         is_plain = is_plain and torch.allclose(seen[0], states, rtol=1e-3, atol=1e-4)
+    if isinstance(layer, Linear) and not is_plain:
+        layer.forward = partial(exact_linear, layer)  # type: ignore[method-assign]
     setattr(model, MARK, not is_plain)
     return model
+
+
+def exact_linear(layer: Linear, states: Tensor) -> Tensor:
+    """Apply an output layer in float32, whatever precision the trunk ran in."""
+    with torch.autocast(states.device.type, enabled=False):
+        return linear(states.float(), layer.weight, layer.bias)
 
 
 def gives_logits(model: Any) -> bool:

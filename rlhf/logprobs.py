@@ -1,7 +1,8 @@
 """Hidden states to log-probabilities of tokens and sequences, and the entropy beside them.
 
 Logits over the vocabulary are made in float32, at real response tokens only, and for some hundred
-of them at a time: a (B, T, V) tensor never exists.
+of them at a time: a (B, T, V) tensor never exists. (A model that gives logits instead of states
+has made them itself: see `rlhf.heads`.)
 
 The policy is the distribution that is sampled. Where temperature, top-k, top-p and `min_gen_len`
 shape a rollout they shape its logprobs too, by way of a `Support`.

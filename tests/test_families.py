@@ -1,5 +1,6 @@
 """Every stage with models of many families: their templates, special tokens, heads and widths."""
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
 )
 
 from rlhf.batches import Room, build_batch
+from rlhf.errors import InputError
 from rlhf.experience import decode_responses
 from rlhf.generation import decoder_name, generate
 from rlhf.heads import head_of
@@ -26,8 +28,9 @@ from rlhf.models import (
     reward_logits,
 )
 from rlhf.sampling import Sampling
+from rlhf.templates import CHAT_TEMPLATE
 from rlhf.tokens import Sample, early_end_ids, encode_prompts, encode_samples
-from tests.families import FAMILIES, build_model, save_base
+from tests.families import FAMILIES, THINKING, build_model, save_base
 from tests.test_generation import uneven_prompts
 from tests.test_scripts import rows, run
 
@@ -191,3 +194,43 @@ def check_reward(path):
             text = text.removeprefix(tokenizer.bos_token)
         theirs = classify(text, function_to_apply="none")[0]["score"]
         assert float(logit) == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_template_of_a_flag_goes_through_all_stages(bases, data_dir, tmp_path):
+    options = [f"--model_id={bases('qwen2')}", *STEPS]
+    run("sft", tmp_path, data_dir, *options, "--chat_template=tags")
+    run("dpo", tmp_path, data_dir, *STEPS)
+    for stage in ("sft", "dpo"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / stage / "best")
+        assert tokenizer.chat_template == CHAT_TEMPLATE
+        assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
+    # Text before the stop token, and a file instead of a name.
+    own = tmp_path / "own.jinja"
+    own.write_text(THINKING)
+    folder = tmp_path / "own"
+    run("sft", tmp_path, data_dir, *options, f"--chat_template={own}", ckpt_dir=folder)
+    assert AutoTokenizer.from_pretrained(folder / "best").chat_template == THINKING
+    facts = json.loads((folder / "best/run.json").read_text())
+    assert facts["arguments"]["chat_template"] == str(own)
+    own.write_text("none")
+    with pytest.raises(InputError, match=r"own\.jinja: .*no special token.*--chat_template=tags"):
+        run("sft", tmp_path, data_dir, *options, f"--chat_template={own}", ckpt_dir=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_critic_that_would_read_states_is_refused(bases, data_dir, tmp_path):
+    run("sft", tmp_path, data_dir, f"--model_id={bases('gemma2')}", *STEPS)
+    options = ["--reward_fn=tests.test_scripts:count_a", "--critic=shared", *STEPS]
+    with pytest.raises(InputError, match=r"--critic=shared: .*--critic=separate"):
+        run("ppo", tmp_path, data_dir, *options)
+    assert not (tmp_path / "ppo").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--gradient_checkpointing"], ["--dtype=bfloat16"]])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "opt"])
+def test_memory_and_precision_settings_run(name, options, bases, data_dir, tmp_path):
+    run("sft", tmp_path, data_dir, f"--model_id={bases(name)}", *STEPS, *options)
+    sampled = ["--temperature=1", "--top_k=5", "--max_new_tokens=6", "--eval_samples=3"]
+    reward = ["--reward_fn=tests.test_scripts:count_a"]
+    run("ppo", tmp_path, data_dir, *STEPS, *sampled, *reward, "--max_steps=2", *options)

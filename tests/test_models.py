@@ -163,6 +163,26 @@ def test_kind_and_length_are_checked_before_weights(base_path, tmp_path, reward_
         read_config(base_path, flag="--x", kind=LANGUAGE_MODEL, max_len=129)
 
 
+@pytest.mark.parametrize(
+    ("family", "name"), [("mpt", "max_seq_len"), ("gpt_bigcode", "n_positions"), ("opt", "")]
+)
+def test_positions_are_found_under_any_name(family, name, tmp_path):
+    options = {name or "max_position_embeddings": 32}
+    config = AutoConfig.for_model(family, architectures=["XForCausalLM"], **options)
+    config.save_pretrained(tmp_path)
+    known = {"flag": "--x", "kind": LANGUAGE_MODEL}
+    read_config(str(tmp_path), max_len=32, **known)
+    with pytest.raises(InputError, match="only 32 positions"):
+        read_config(str(tmp_path), max_len=33, **known)
+
+
+def test_a_model_of_images_and_text_is_refused(tmp_path):
+    config = AutoConfig.for_model("gemma3", architectures=["Gemma3ForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="reads more than text; give a model of text alone"):
+        read_config(str(tmp_path), flag="--x", kind=LANGUAGE_MODEL, max_len=8)
+
+
 def test_tokenizer_that_does_not_fit_is_refused(base_path, tokenizer, base_tokenizer, tmp_path):
     config = AutoConfig.from_pretrained(base_path)
     config.vocab_size = 10
@@ -208,6 +228,9 @@ def test_a_model_that_scales_or_caps_its_logits_gives_them_itself(family, tmp_pa
         theirs = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     if head_of(policy) is None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = response_states(policy, build_batch(samples, 0))
+        assert not torch.equal(logits, logits.bfloat16().float())  # not rounded on the way
         with pytest.raises(InputError, match=r"--critic=shared: .*--critic=separate"):
             require_states(policy, flag="--critic=shared")
 
