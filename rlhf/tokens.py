@@ -162,8 +162,8 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None = N
     `own` is what the model's generation config names.
     """
     more = own if isinstance(own, list) else [own]
-    ids = [form_of(tokenizer).stop_id, tokenizer.eos_token_id, *(i for i in more if i is not None)]
-    return list(dict.fromkeys(ids))
+    known = [i for i in more if i is not None and 0 <= i < len(tokenizer)]
+    return list(dict.fromkeys([form_of(tokenizer).stop_id, tokenizer.eos_token_id, *known]))
 
 
 def early_end_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[int]:

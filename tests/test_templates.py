@@ -209,7 +209,7 @@ def test_stops_are_the_forms_eos_and_the_models():
     tokenizer = prepare_tokenizer(gemma_tokenizer())
     turn, eos = ids_of(tokenizer, "<end_of_turn>", "<eos>")
     assert stop_ids(tokenizer) == stop_ids(tokenizer, eos) == [turn, eos]
-    assert stop_ids(tokenizer, [eos, 7, turn]) == [turn, eos, 7]
+    assert stop_ids(tokenizer, [eos, 7, turn, -1, 10**6]) == [turn, eos, 7]
     assert early_end_ids(tokenizer, [turn, eos, 7]) == sorted([turn, eos, 7])
     assert decode_response(tokenizer, [*encode_texts(tokenizer, ["A"])[0], eos]) == "A"
 
