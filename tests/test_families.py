@@ -12,6 +12,7 @@ from transformers import (
     pipeline,
 )
 
+import run_sft
 from rlhf.batches import Room, build_batch
 from rlhf.errors import InputError
 from rlhf.experience import decode_responses
@@ -27,6 +28,7 @@ from rlhf.models import (
     response_states,
     reward_logits,
 )
+from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
 from rlhf.templates import CHAT_TEMPLATE
 from rlhf.tokens import Sample, early_end_ids, encode_prompts, encode_samples
@@ -74,6 +76,24 @@ def test_our_logprobs_are_those_of_the_models_own_logits(name, bases):
         logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         theirs = logits.log_softmax(dim=1).gather(1, torch.tensor(response)[:, None])[:, 0]
         torch.testing.assert_close(ours[row, : len(response)], theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.claim(5)
+@pytest.mark.parametrize("name", ["gemma2", "opt"])
+def test_gradients_are_those_of_transformers_own_loss(name, bases):
+    _, policy = load(bases(name))
+    plain = AutoModelForCausalLM.from_pretrained(bases(name), attn_implementation="eager").eval()
+    samples = [Sample(prompt, [*prompt[::-1], 9, 8]) for prompt in uneven_prompts(3)]
+    run_sft.summed_loss(policy, build_batch(samples, 1), Runtime(CPU, "float32", "")).backward()
+    for prompt, response in samples:
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        loss = plain(torch.tensor([prompt + response]), labels=labels).loss
+        (loss * len(response)).backward()
+    ours, theirs = (
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        for model in (policy, plain)
+    )
+    assert float((ours - theirs).norm() / theirs.norm()) <= 1e-5
 
 
 def sampling_of(policy, tokenizer, **settings):

@@ -547,6 +547,11 @@ def bad_inputs(lineage, base_path, data_dir, tmp_path):
     yield "sft", [f"--model_id={base_path}", "--max_len=4096"], "128 positions"
     yield "sft", [f"--model_id={rm}"], "is a reward model"
     yield "sft", [f"--model_id={base_path}", "--report_to=wandb"], "wandb"
+    yield (
+        "sft",
+        [f"--model_id={base_path}", "--chat_template=no.jinja"],
+        "=no.jinja: cannot be read",
+    )
     yield "rm", ["--sft_model_path=REQUIRED"], "REQUIRED"
     yield "rm", [f"--sft_model_path={rm}"], "is a reward model"
     yield "rm", [f"--data_dir={data_dir}/pref"], "response"
