@@ -8,6 +8,7 @@ exec "$PYTHON" run_sft.py \
     --data_dir=.data/sft \
     --ckpt_dir=.model/sft \
     --model_id=openai-community/gpt2 \
+    --chat_template=auto \
     --gpu_id=0 \
     --max_len=1024 \
     --min_gen_len=1 \

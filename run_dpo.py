@@ -38,6 +38,7 @@ from rlhf.batches import Room, build_batch, micro_batches, plan_epochs, sample_l
 from rlhf.checkpoints import load_tensors, save_tensors, weights_fingerprint
 from rlhf.earlier import RESUME
 from rlhf.errors import RunError, run_script
+from rlhf.heads import head_of
 from rlhf.logprobs import sequence_logprobs, token_logprobs
 from rlhf.lora import active, add_adapter, trained_share
 from rlhf.losses import dpo_loss
@@ -153,7 +154,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         policy, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     set_generation_defaults(policy, tokenizer)
-    pad_id = tokenizer.eos_token_id
+    pad_id = tokenizer.pad_token_id
     room, cache = Room(args.micro_batch_size), folder.path / RESUME / "ref_logprobs"
     cached = load_tensors(cache, device=runtime.device)
     if cached and cached[1] == made_from:
@@ -278,7 +279,7 @@ def pair_logprobs(
     batch = build_batch(samples, pad_id).to(runtime.device)
     with runtime.autocast():
         states = response_states(model, batch)  # (2B, R, D)
-    head = model.get_output_embeddings()
+    head = head_of(model)
     logprobs = token_logprobs(
         states, batch.response_ids, batch.response_mask, head, temperature=1.0
     )  # (2B, R)

@@ -55,7 +55,8 @@ from rlhf.experience import (
     rollout_metrics,
     token_numbers,
 )
-from rlhf.generation import Rollout, decoder_name
+from rlhf.generation import decoder_name
+from rlhf.heads import head_width, require_states
 from rlhf.lora import ADAPTER_FOLDER, add_adapter, load_adapter, trained_share
 from rlhf.losses import ppo_policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_sum, masked_whiten
@@ -68,6 +69,7 @@ from rlhf.models import (
     load_policy,
     load_reward_model,
     load_tokenizer,
+    model_stop_ids,
     prepare_training,
     require_same_tokenizer,
     set_generation_defaults,
@@ -75,6 +77,7 @@ from rlhf.models import (
 from rlhf.optim import build_schedule, optimizer_step
 from rlhf.processes import join_rows, main_first, share_of, sum_over_processes
 from rlhf.records import PROMPT, changed_since_written, fingerprint, prompt_text, read_split
+from rlhf.responses import Rollout
 from rlhf.resume import Progress
 from rlhf.rewards import (
     RewardFacts,
@@ -202,13 +205,34 @@ def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerB
     return read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
 
 
-def load_reward(args: argparse.Namespace, device: torch.device, eos_id: int) -> PreTrainedModel:
+def load_reward(args: argparse.Namespace, device: torch.device, pad_id: int) -> PreTrainedModel:
     path = args.rm_model_path
-    return load_reward_model(path, flag="--rm_model_path", device=device, eos_id=eos_id)
+    return load_reward_model(path, flag="--rm_model_path", device=device, pad_id=pad_id)
+
+
+def build_sampling(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel
+) -> Sampling:
+    stops = model_stop_ids(policy, tokenizer)
+    return Sampling(
+        do_sampling=args.do_sampling,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_gen_len=args.min_gen_len,
+        max_new_tokens=args.max_new_tokens,
+        max_len=args.max_len,
+        pad_id=tokenizer.pad_token_id,
+        stop_ids=stops,
+        early_end_ids=early_end_ids(tokenizer, stops),
+    )
 
 
 def load_actors(
-    args: argparse.Namespace, sampling: Sampling, runtime: Runtime, mean_reward: float
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+    mean_reward: float,
 ) -> Actors:
     """Load policy and reference, and a critic: on the reward model's trunk if there is one.
 
@@ -223,20 +247,23 @@ def load_actors(
     )
     policy = with_adapter(args, load())
     ref_policy = None if args.use_peft else load().requires_grad_(False)
-    trunk, hidden_size = None, policy.config.hidden_size
+    trunk, width = None, head_width(policy)
     if args.share_trunk:
         trunk = critic_view(args, policy)
     elif args.critic == "separate":
-        model = load() if args.reward_fn else load_reward(args, runtime.device, sampling.eos_id)
+        pad_id = tokenizer.pad_token_id
+        model = load() if args.reward_fn else load_reward(args, runtime.device, pad_id)
         model = prepare(with_adapter(args, model))
-        trunk, hidden_size = model.base_model, model.config.hidden_size
+        trunk, width = model.base_model, head_width(model)
+    else:
+        require_states(policy, flag="--critic=shared")
     prepare(policy)
     if args.share_trunk:
         recompute_as_run(policy)
-    critic = Critic(trunk, hidden_size, mean_reward).to(runtime.device).train()
+    critic = Critic(trunk, width, mean_reward).to(runtime.device).train()
     if args.use_peft:
         say(trained_share(policy, critic))
-    return Actors(policy, ref_policy, critic, sampling, runtime)
+    return Actors(policy, ref_policy, critic, build_sampling(args, tokenizer, policy), runtime)
 
 
 def with_adapter(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedModel:
@@ -293,30 +320,19 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         prompts = load_prompts(args, tokenizer, "train", args.max_samples)
         heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
     room = Room(args.micro_batch_size)
-    eos_id, mean_reward = tokenizer.eos_token_id, 0.0
+    mean_reward = 0.0
     if not args.reward_fn:
         mean_reward = reward_facts.reward_mean
-    sampling = Sampling(
-        do_sampling=args.do_sampling,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_gen_len=args.min_gen_len,
-        max_new_tokens=args.max_new_tokens,
-        max_len=args.max_len,
-        eos_id=eos_id,
-        early_end_ids=early_end_ids(tokenizer),
-    )
-    actors = load_actors(args, sampling, runtime, mean_reward)
+    actors = load_actors(args, tokenizer, runtime, mean_reward)
     policy, critic = actors.policy, actors.critic
     if not args.reward_fn:
         if args.share_trunk:
             flag, path = "--rm_model_path", args.rm_model_path
             reward_model = SharedRewardModel(policy, path, flag=flag)
         else:
-            reward_model = load_reward(args, runtime.device, eos_id)
+            reward_model = load_reward(args, runtime.device, tokenizer.pad_token_id)
         score = score_by_model(reward_model, reward_facts, runtime=runtime)
-    set_generation_defaults(policy, tokenizer, **sampling.generation_config())
+    set_generation_defaults(policy, tokenizer, **actors.sampling.generation_config())
 
     plan = plan_epochs(
         [len(ids) for ids in prompts.ids],

@@ -3,7 +3,8 @@
     regression   (reward - target)^2, reward = 1 + (max_reward - 1) * sigmoid(logit)
     pairwise     -log sigmoid(logit(better) - logit(worse)), Bradley and Terry
 
-The model is the SFT model with a head that gives one logit, read at the last token before EOS.
+The model is the SFT model with a head that gives one logit, read at the last token that isn't
+padding; where EOS pads, that is the one before EOS.
 Reads `.data/rm`, writes a checkpoint for every epoch into `.model/rm`. In a healthy log the loss
 falls, `eval_accuracy` rises above 0.5 and above `longer_is_better`, the accuracy of preferring the
 longer response: a model that stays below it has learned less than a ruler knows.
@@ -167,9 +168,9 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     if pairwise and not (items and heldout.pairs()):
         raise InputError(f"--loss=pairwise: {args.data_dir} has no two scores for one prompt")
 
-    eos_id = tokenizer.eos_token_id
+    pad_id = tokenizer.pad_token_id
     model = load_reward_model(
-        sft_path, flag=flag, device=runtime.device, eos_id=eos_id, dropout=args.dropout
+        sft_path, flag=flag, device=runtime.device, pad_id=pad_id, dropout=args.dropout
     )
     if args.use_peft:
         add_adapter(model, **lora_options(args))
@@ -211,13 +212,13 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         save_every=args.save_every,
         seed=args.seed,
     ) as progress:
-        judge = partial(evaluate, args, model, heldout, eos_id, runtime)
+        judge = partial(evaluate, args, model, heldout, pad_id, runtime)
         if not metrics.rows:
             results, reward = progress.fitting(judge)
             num_pairs, num_ties = reward["num_pairs"], reward["num_ties"]
             say(f"eval_accuracy: over {num_pairs} pairs of responses; {num_ties} tie")
             metrics.add_epoch(0, results)
-        add = partial(add_gradient, args, model, responses, eos_id, runtime)
+        add = partial(add_gradient, args, model, responses, pad_id, runtime)
         for epoch, batches in progress.left():
             model.train()
             for batch, done in batches:
@@ -266,7 +267,7 @@ def add_gradient(
     args: argparse.Namespace,
     model: PreTrainedModel,
     responses: Responses,
-    eos_id: int,
+    pad_id: int,
     runtime: Runtime,
     items: list[tuple[int, ...]],
     room: Room,
@@ -279,7 +280,7 @@ def add_gradient(
     for part, weight in in_step(model, parts):
         # Pairs come as all better ones, then all worse ones.
         rows = list(chain.from_iterable(zip(*(own[part] or items[:1]), strict=True)))
-        logits = run_whole(model, score_rows, responses, rows, eos_id, runtime)
+        logits = run_whole(model, score_rows, responses, rows, pad_id, runtime)
         if args.loss == "pairwise":
             losses = pairwise_reward_loss(*logits.chunk(2))
         else:
@@ -292,11 +293,11 @@ def add_gradient(
 
 
 def score_rows(
-    model: PreTrainedModel, responses: Responses, rows: list[int], eos_id: int, runtime: Runtime
+    model: PreTrainedModel, responses: Responses, rows: list[int], pad_id: int, runtime: Runtime
 ) -> Tensor:  # (B,)
-    batch = build_batch([responses.samples[row] for row in rows], eos_id)
+    batch = build_batch([responses.samples[row] for row in rows], pad_id)
     with runtime.autocast():
-        return reward_logits(model, batch.to(runtime.device), eos_id=eos_id)
+        return reward_logits(model, batch.to(runtime.device), pad_id=pad_id)
 
 
 @torch.no_grad()
@@ -304,7 +305,7 @@ def evaluate(
     args: argparse.Namespace,
     model: PreTrainedModel,
     heldout: Responses,
-    eos_id: int,
+    pad_id: int,
     runtime: Runtime,
     room: Room,
 ) -> tuple[dict[str, float], dict[str, object]]:
@@ -319,7 +320,7 @@ def evaluate(
     parts = micro_batches([heldout.lengths[row] for row in order], room)
     for part, weight in in_step(model, parts):
         rows = order[part] or [0]
-        logits[rows] += weight * run_whole(model, score_rows, heldout, rows, eos_id, runtime)
+        logits[rows] += weight * run_whole(model, score_rows, heldout, rows, pad_id, runtime)
     logits = sum_over_processes(logits).cpu()
     logit_mean = float(logits.mean())
     if args.loss == "pairwise":

@@ -35,6 +35,7 @@ from rlhf.arguments import (
 )
 from rlhf.batches import Batch, Room, build_batch, micro_batches, plan_epochs, sample_length
 from rlhf.errors import run_script
+from rlhf.heads import head_of
 from rlhf.logprobs import token_logprobs
 from rlhf.lora import add_adapter, trained_share
 from rlhf.masked import masked_sum
@@ -68,6 +69,12 @@ def build_parser() -> Parser:
         type=nonempty,
         default="openai-community/gpt2",
         help="base model: Hub id or folder",
+    )
+    add(
+        "--chat_template",
+        type=nonempty,
+        default="auto",
+        help="form of a conversation: auto (the tokenizer's own, else tags), tags, or a Jinja file",
     )
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
@@ -115,10 +122,13 @@ def main(args: argparse.Namespace) -> None:
     require_equal_shares(batch_size=args.batch_size)
     say(runtime.notice)
     say(changed_since_written(args.data_dir))
+    inputs = {"--model_id": args.model_id, "--data_dir": args.data_dir}
+    if args.chat_template not in ("auto", "tags"):
+        inputs["--chat_template"] = args.chat_template
     with RunFolder(
         args.ckpt_dir,
         stage="sft",
-        inputs={"--model_id": args.model_id, "--data_dir": args.data_dir},
+        inputs=inputs,
         arguments=vars(args),
         data=fingerprint(args.data_dir),
         resume=args.resume,
@@ -132,9 +142,13 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
     tokenizer = load_tokenizer(
-        args.model_id, flag="--model_id", kind=LANGUAGE_MODEL, max_len=args.max_len
+        args.model_id,
+        flag="--model_id",
+        kind=LANGUAGE_MODEL,
+        max_len=args.max_len,
+        chat_template=args.chat_template,
     )
-    eos_id = tokenizer.eos_token_id
+    pad_id = tokenizer.pad_token_id
     with main_first():
         samples = load_samples(args, tokenizer, "train", args.max_samples)
         heldout = load_samples(args, tokenizer, "eval", 0)
@@ -183,14 +197,14 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         save_every=args.save_every,
         seed=args.seed,
     ) as progress:
-        judge = partial(evaluate, model, heldout, eos_id, runtime)
+        judge = partial(evaluate, model, heldout, pad_id, runtime)
         if not metrics.rows:
             metrics.add_epoch(0, progress.fitting(judge))
         for epoch, batches in progress.left():
             model.train()
             for rows, done in batches:
                 batch = [samples[row] for row in rows]
-                loss = progress.fitting(partial(add_gradient, model, batch, eos_id, runtime))
+                loss = progress.fitting(partial(add_gradient, model, batch, pad_id, runtime))
                 learning_rate = schedule.get_last_lr()[0]
                 with progress.whole():
                     grad_norm = optimizer_step(
@@ -248,7 +262,7 @@ def summed_loss(model: PreTrainedModel, batch: Batch, runtime: Runtime) -> Tenso
     """Cross-entropy summed over the response tokens of a micro-batch."""
     with runtime.autocast():
         states = response_states(model, batch)  # (B, R, D)
-    head = model.get_output_embeddings()
+    head = head_of(model)
     logprobs = token_logprobs(
         states, batch.response_ids, batch.response_mask, head, temperature=1.0
     )  # (B, R)

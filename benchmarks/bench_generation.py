@@ -58,7 +58,7 @@ def until_full(
 
     Eight slots: refilled as they become free, or in batches of eight prompts, one after another.
     """
-    sampling = Sampling(True, 1.0, 0, 1.0, max_len, 0, max_len, m.EOS, [m.EOS])
+    sampling = Sampling(True, 1.0, 0, 1.0, max_len, 0, max_len, m.EOS, [m.EOS], [m.EOS])
     for start in range(0, len(prompts), len(prompts) if refill else 8):
         part = prompts[start:] if refill else prompts[start : start + 8]
         with runtime.autocast():

@@ -84,7 +84,8 @@ def our_rollout(
         min_gen_len=new_tokens,
         max_new_tokens=new_tokens,
         max_len=model.config.max_position_embeddings,
-        eos_id=EOS,
+        pad_id=EOS,
+        stop_ids=[EOS],
         early_end_ids=[EOS],
     )
     with runtime.autocast():

@@ -149,11 +149,13 @@ def our_ppo(task: Task, sft_path: str, rm_path: str) -> Step:
         min_gen_len=args.min_gen_len,
         max_new_tokens=args.max_new_tokens,
         max_len=args.max_len,
-        eos_id=eos_id,
+        pad_id=eos_id,
+        stop_ids=[eos_id],
         early_end_ids=[eos_id],
     )
     room = Room(args.micro_batch_size)
-    actors = run_ppo.load_actors(args, sampling, task.runtime, 0.0)
+    tokenizer, progress = tokenizer_of_words(task.config), NeverStopped(room)
+    actors = run_ppo.load_actors(args, tokenizer, task.runtime, 0.0)._replace(sampling=sampling)
     score = score_by_model(
         run_ppo.load_reward(args, task.runtime.device, eos_id),
         RewardFacts("pairwise", args.max_reward, logit_mean=0.0, reward_mean=0.0),
@@ -161,7 +163,6 @@ def our_ppo(task: Task, sft_path: str, rm_path: str) -> Step:
     )
     plan = [[PlannedBatch(list(rows), 0.0)] * MANY]
     schedules = run_ppo.build_schedules(args, actors.policy, actors.critic, plan)
-    tokenizer, progress = tokenizer_of_words(task.config), NeverStopped(room)
     prompts = Prompts(task.prompts, [""] * len(rows))
 
     def iterate() -> float:

@@ -6,13 +6,16 @@
     splits       which prompt goes to which split and side
     records      what `.data` holds: schema, reading, writing, validation
     token_cache  ids of texts that were tokenised before
+    templates    how a conversation is written: tags, or a tokenizer's own chat template
     tokens       a record to prompt_ids and response_ids
     batches      ids to padded tensors, in a seeded, length-grouped order
+    heads        whether logits are a linear layer's, or more
     models       policy, reference, reward model and critic
     lora         adapters: a few trained weights beside frozen ones
     logprobs     hidden states to log-probabilities of tokens and of sequences
     sampling     logits to tokens, with seeded noise
     kv_cache     what a decode loop remembers of its prompts
+    responses    what is being written, and the rollout that it becomes
     generation   prompts to responses, in a batch of slots
     experience   a rollout as policy, reference and critic see it, token by token
     rewards      a reward model's logit, or a Python function, to a score

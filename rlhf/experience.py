@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.batches import Batch, Room, micro_batches_by_length
 from rlhf.errors import RunError
-from rlhf.generation import Rollout, generate
+from rlhf.generation import generate
+from rlhf.heads import head_of
 from rlhf.logprobs import Support, sequence_logprobs, token_logprobs, token_stats
 from rlhf.lora import active
 from rlhf.masked import masked_mean
 from rlhf.models import Critic, response_states
 from rlhf.processes import join_rows, most_of_processes, num_processes
+from rlhf.responses import Rollout
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
 from rlhf.tokens import decode_response
@@ -138,7 +140,10 @@ def roll_out(
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
     """Give the responses as people and reward functions see them."""
-    return [decode_response(tokenizer, ids) for ids in rollout.responses()]
+    return [
+        decode_response(tokenizer, ids[:-1] if ended else ids)
+        for ids, ended in zip(rollout.responses(), rollout.ended.tolist(), strict=True)
+    ]
 
 
 def policy_forward(
@@ -152,7 +157,7 @@ def policy_forward(
         states,
         batch.response_ids,
         batch.response_mask,
-        actors.policy.get_output_embeddings(),
+        head_of(actors.policy),
         temperature=actors.sampling.temperature,
         support=rollout.support_of(rows, batch),
     )
@@ -166,8 +171,8 @@ def token_numbers(actors: Actors, rollout: Rollout, room: Room) -> Numbers:
     shape = (len(Numbers._fields), *rollout.batch.response_mask.shape)
     numbers = torch.zeros(shape, device=actors.runtime.device)
     temperature = actors.sampling.temperature
-    head = actors.policy.get_output_embeddings()
-    ref_head = (actors.ref_policy or actors.policy).get_output_embeddings()
+    head = head_of(actors.policy)
+    ref_head = head_of(actors.ref_policy or actors.policy)
     for rows, batch in micro_batches_by_length(rollout.batch, everything, room):
         ids, mask = batch.response_ids, batch.response_mask
         with actors.runtime.autocast():

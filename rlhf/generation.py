@@ -2,122 +2,25 @@
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from rlhf.batches import (
-    Batch,
-    Room,
-    micro_batches,
-    of_similar_length,
-    pad_left,
-    position_ids,
-)
-from rlhf.errors import DIVERGED, RunError
+from rlhf.batches import Room, micro_batches, of_similar_length, pad_left, position_ids
+from rlhf.heads import gives_logits, head_of, own_logits
 from rlhf.kv_cache import SlotCache, has_plain_cache, takes_any_mask
-from rlhf.logprobs import Support, forbid_early_end_, full_logits
-from rlhf.sampling import Sampling, choose, uniform_noise
+from rlhf.logprobs import full_logits, weights_of
+from rlhf.responses import Rollout, Written
+from rlhf.sampling import Sampling, uniform_noise
 
 # Decoding keeps only keys and values of a token, so more fit than in a training forward.
 ROLLOUTS_PER_SEQUENCE = 8
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}  # at what has ended: on CUDA, that means waiting
 SPARE_COLUMNS = 128  # of the cache: how seldom it has to be moved
 REFILL_AT = 4  # prompts are read when one in so many slots is free
-
-
-class Rollout(NamedTuple):
-    """Responses, and what could have been sampled instead."""
-
-    batch: Batch
-    support: Support | None  # None after greedy decoding, which samples from nothing
-    logprobs: Tensor  # (B, R)  the sampler's own; 0 after greedy decoding
-    ended: Tensor  # (B,) bool: EOS was written, the response was not cut
-
-    def responses(self) -> list[list[int]]:
-        """The ids of each response, EOS included, without padding."""
-        lengths = self.batch.response_mask.sum(dim=1).tolist()
-        return [
-            ids[:length]
-            for ids, length in zip(self.batch.response_ids.tolist(), lengths, strict=True)
-        ]
-
-    def support_of(self, rows: Tensor, batch: Batch) -> Support | None:
-        """Narrow the support to a micro-batch that holds these rows."""
-        if self.support is None:
-            return None
-        return self.support.select(rows, batch.response_ids.shape[1])
-
-
-class Written:
-    """What has been written to each prompt so far. One row more takes what nobody asked for."""
-
-    def __init__(self, limits: Tensor, noise: Tensor | None, s: Sampling) -> None:
-        num_rows, width = len(limits), int(limits.max())
-        self.limits, self.noise, self.s = limits, noise, s
-        self.nobody = num_rows
-        self.ids = limits.new_full((num_rows + 1, width), s.eos_id)
-        self.logprobs = torch.zeros(num_rows + 1, width, device=limits.device)
-        self.kept_ids: Tensor | None = None  # (N + 1, R, K)
-        self.lengths = limits.new_zeros(num_rows + 1)
-        self.healthy = torch.ones(num_rows + 1, dtype=torch.bool, device=limits.device)
-        self.early_end_ids = torch.tensor(s.early_end_ids, device=limits.device)
-
-    def append(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose a token for each of these prompts, from logits (B, V), which may be overwritten.
-
-        Returns the tokens, and for whom to go on: the rows again, or `nobody`.
-        """
-        positions = self.lengths[rows]
-        self.healthy[rows] &= logits.amax(dim=1).isfinite()
-        if self.s.min_gen_len:
-            least = self.s.min_gen_len
-            forbid_early_end_(logits, positions, self.early_end_ids, min_gen_len=least)
-        asked = rows.clamp(max=self.nobody - 1)
-        uniform = None if self.noise is None else self.noise[asked, positions]
-        choice = choose(logits, uniform, self.s)
-        self.ids[rows, positions] = choice.tokens
-        self.logprobs[rows, positions] = choice.logprobs
-        if choice.kept_ids is not None:
-            self.keep(rows, positions, choice.kept_ids)
-        self.lengths[rows] = torch.where(rows < self.nobody, positions + 1, 0)
-        more = (choice.tokens != self.s.eos_id) & (positions + 1 < self.limits[asked])
-        return choice.tokens, rows.where(more, self.nobody)
-
-    def keep(self, rows: Tensor, positions: Tensor, kept_ids: Tensor) -> None:
-        """Store which ids could have been chosen."""
-        if self.kept_ids is None:
-            self.kept_ids = kept_ids.new_full((*self.ids.shape, kept_ids.shape[1]), -1)
-        more = kept_ids.shape[1] - self.kept_ids.shape[2]
-        self.kept_ids = pad(self.kept_ids, (0, max(more, 0)), value=-1)
-        self.kept_ids[rows, positions, : kept_ids.shape[1]] = kept_ids
-
-    def rollout(self, prompts: Sequence[Sequence[int]]) -> Rollout:
-        """Give everything as one batch.
-
-        Raises: RunError if the policy has diverged.
-        """
-        lengths, healthy = self.lengths[:-1], self.healthy[:-1]
-        if not healthy.all():
-            raise RunError(
-                f"sampling: the policy's logits are not finite for {int((~healthy).sum())} of"
-                f" {len(healthy)} prompts. {DIVERGED}"
-            )
-        width = int(lengths.max())
-        prompt_ids, prompt_mask = (x.to(lengths.device) for x in pad_left(prompts, self.s.eos_id))
-        response_mask = torch.arange(width, device=lengths.device) < lengths[:, None]
-        response_ids = self.ids[:-1, :width].where(response_mask, self.s.eos_id)
-        kept_ids = None if self.kept_ids is None else self.kept_ids[:-1, :width]
-        support = Support(kept_ids, self.early_end_ids, self.s.min_gen_len)
-        return Rollout(
-            Batch(prompt_ids, prompt_mask, response_ids, response_mask),
-            None if self.noise is None else support,
-            self.logprobs[:-1, :width].masked_fill(~response_mask, 0.0),
-            (response_mask & (response_ids == self.s.eos_id)).any(dim=1),
-        )
 
 
 class Slots:
@@ -140,16 +43,20 @@ class Slots:
 
     def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Run new tokens (B, N); returns the logits after the last, (B, V)."""
-        output = self.model.base_model.forward(  # not a compiled call: its shapes keep changing
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": True,
             **({"position_ids": positions} if self.takes_positions else {}),
-        )
-        head = self.model.get_output_embeddings()
-        temperature = self.written.s.temperature
-        return full_logits(output.last_hidden_state[:, -1], head.weight, head.bias, temperature)
+        }
+        # Not a compiled call: its shapes keep changing.
+        if gives_logits(self.model):
+            with torch.compiler.set_stance("force_eager"):
+                last = own_logits(self.model, 1, **inputs)[:, -1]
+        else:
+            last = self.model.base_model.forward(**inputs).last_hidden_state[:, -1]
+        return full_logits(last, *weights_of(head_of(self.model)), self.written.s.temperature)
 
     def fill(self, free: list[int], rows: list[int], prompts: list[Sequence[int]]) -> None:
         """Let these slots read new prompts, none longer than those before, and choose a token."""
@@ -158,7 +65,7 @@ class Slots:
         self.end = max(self.end, lengths[0])
         for part in of_similar_length(lengths):
             slots, here = (torch.tensor(x[part], device=device) for x in (free, rows))
-            ids, mask = (x.to(device) for x in pad_left(prompts[part], self.written.s.eos_id))
+            ids, mask = (x.to(device) for x in pad_left(prompts[part], self.written.s.pad_id))
             read = DynamicCache()
             logits = self.logits(ids, mask.long(), position_ids(mask), read)
             self.cache.store(slots, read, self.end)
@@ -238,7 +145,7 @@ def decode_by_transformers(
 ) -> None:
     """Write some responses by `generate`, for models that remember a text in ways of their own."""
     s, device = written.s, model.device
-    ids, mask = (x.to(device) for x in pad_left(prompts[part], s.eos_id))
+    ids, mask = (x.to(device) for x in pad_left(prompts[part], s.pad_id))
     ours = DrawOurs(written, torch.arange(len(prompts), device=device)[part])
     write: Any = model.generate
     write(
@@ -247,8 +154,8 @@ def decode_by_transformers(
         generation_config=GenerationConfig(
             do_sample=False,
             max_new_tokens=written.ids.shape[1],
-            eos_token_id=s.eos_id,
-            pad_token_id=s.eos_id,
+            eos_token_id=s.stop_ids,
+            pad_token_id=s.pad_id,
         ),
         logits_processor=[ours],
         stopping_criteria=[ours.ended],
@@ -256,10 +163,14 @@ def decode_by_transformers(
 
 
 def decoder_name(model: PreTrainedModel) -> str:
-    """Say which of the two ways a model's rollouts go."""
-    if has_plain_cache(model):
-        return "rollouts: slots on one key-value cache"
-    return "rollouts: transformers' generate, since this model's cache is of its own kind (slower)"
+    """Say which of the two ways a model's rollouts go, and whose logits they take."""
+    name = "rollouts: slots on one key-value cache"
+    if not has_plain_cache(model):
+        name = "rollouts: transformers' generate, since this model's cache is of its own kind"
+        name += " (slower)"
+    if gives_logits(model):
+        name += "; logits are scaled or capped, so the model's own forward gives them (more memory)"
+    return name
 
 
 @torch.no_grad()

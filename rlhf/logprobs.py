@@ -1,7 +1,8 @@
 """Hidden states to log-probabilities of tokens and sequences, and the entropy beside them.
 
 Logits over the vocabulary are made in float32, at real response tokens only, and for some hundred
-of them at a time: a (B, T, V) tensor never exists.
+of them at a time: a (B, T, V) tensor never exists. (A model that gives logits instead of states
+has made them itself: see `rlhf.heads`.)
 
 The policy is the distribution that is sampled. Where temperature, top-k, top-p and `min_gen_len`
 shape a rollout they shape its logprobs too, by way of a `Support`.
@@ -59,23 +60,40 @@ def forbid_early_end_(
     return logits
 
 
-def full_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Logits over the vocabulary in float32, whatever precision the trunk ran in: (N, V)."""
+def full_logits(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor | None,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+) -> Tensor:  # (N, V)
+    """Logits over the vocabulary in float32, whatever precision the trunk ran in.
+
+    Without a weight the states are logits already. The result may be overwritten.
+    """
+    if weight is None:
+        return hidden.to(torch.float32, copy=True).div_(temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = linear(hidden.float(), weight, bias)
     return logits if temperature == 1.0 else logits / temperature
 
 
+def weights_of(head: Linear | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return a head's weight and bias."""
+    return (None, None) if head is None else (head.weight, head.bias)
+
+
 def logits_at(
     hidden: Tensor,  # (N, D)
     ids: Tensor,  # (N, K)
-    head: Linear,
+    head: Linear | None,
     temperature: float,
 ) -> Tensor:  # (N, K)
     """Logits of a few ids of each token, by those rows of the head alone."""
+    if head is None:
+        return hidden.gather(1, ids.long()).float() / temperature
     num_ids, (num_all, width) = ids.shape[1], head.weight.shape
     if num_ids * width >= num_all:  # then gathering the rows would take more memory
-        return full_logits(hidden, head.weight, head.bias, temperature).gather(1, ids)
+        return full_logits(hidden, *weights_of(head), temperature).gather(1, ids)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = embedding(ids, head.weight)  # (N, K, D)
         logits = (rows * hidden.float()[:, None]).sum(dim=2)
@@ -90,6 +108,8 @@ class VocabularyLogprobs(torch.autograd.Function):
         z = (h W' + b) / temperature,  log p(y) = z[y] - log sum_v exp(z[v])
         d log p(y) / dz[v] = [v = y] - p(v)
 
+    Without a head (weight None) the states are the logits.
+
     What waits for the backward pass is log p of every id, and there turns into the gradient of z in
     place: one buffer, where autograd would hold the logits and make three more like them.
     """
@@ -98,7 +118,7 @@ class VocabularyLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,  # (N, D)
-        weight: Tensor,  # (V, D)
+        weight: Tensor | None,  # (V, D)
         bias: Tensor | None,  # (V,)
         ids: Tensor,  # (N,)
         positions: Tensor,  # (N,)
@@ -120,7 +140,7 @@ class VocabularyLogprobs(torch.autograd.Function):
         for part in chunks(len(hidden)):
             logprobs = log_softmax(part)
             chosen.append(logprobs.gather(1, ids[part, None]).squeeze(1))
-            if needed and part.stop * len(weight) <= NUMBERS_KEPT:
+            if needed and part.stop * logprobs.shape[1] <= NUMBERS_KEPT:
                 ctx.kept.append(logprobs)
         return torch.cat(chosen)
 
@@ -131,7 +151,7 @@ class VocabularyLogprobs(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight) if wants_weight else None
-        bias_gradient = weight.new_zeros(len(weight)) if wants_bias else None
+        bias_gradient = torch.zeros_like(weight[:, 0]) if wants_bias else None
         scaled = gradient[:, None] / ctx.temperature  # (N, 1)
         with torch.autocast(hidden.device.type, enabled=False):  # in float32 wherever it is called
             for part in chunks(len(hidden)):
@@ -139,7 +159,7 @@ class VocabularyLogprobs(torch.autograd.Function):
                 dz = logprobs.exp_().mul_(-scaled[part])  # (at most CHUNK, V)
                 dz.scatter_add_(1, ids[part, None], scaled[part])
                 if hidden_gradient is not None:
-                    hidden_gradient[part] = (dz @ weight).to(hidden.dtype)
+                    hidden_gradient[part] = dz if weight is None else dz @ weight
                 if weight_gradient is not None:
                     weight_gradient.addmm_(dz.T, hidden[part].to(weight.dtype))
                 if bias_gradient is not None:
@@ -176,7 +196,7 @@ def real_tokens(hidden: Tensor, ids: Tensor, mask: Tensor, support: Support | No
 
 
 def kept_logprobs(
-    hidden: Tensor, ids: Tensor, kept_ids: Tensor, head: Linear, temperature: float
+    hidden: Tensor, ids: Tensor, kept_ids: Tensor, head: Linear | None, temperature: float
 ) -> Tensor:  # (N,)
     """Logprobs of a chunk's ids among the ids that were kept beside them."""
     kept = logits_at(hidden, kept_ids.clamp(min=0), head, temperature)  # (N, K)
@@ -189,7 +209,7 @@ def token_logprobs(
     hidden: Tensor,  # (B, R, D)  the states that predict the response tokens
     ids: Tensor,  # (B, R)
     mask: Tensor,  # (B, R) bool
-    head: Linear,  # the model's output embeddings
+    head: Linear | None,  # the model's output embeddings; None if `hidden` is logits (B, R, V)
     *,
     temperature: float,
     support: Support | None = None,
@@ -205,8 +225,7 @@ def token_logprobs(
     if tokens.kept_ids is None:
         logprobs = VocabularyLogprobs.apply(
             tokens.hidden,
-            head.weight,
-            head.bias,
+            *weights_of(head),
             tokens.ids,
             tokens.positions,
             temperature,
@@ -226,7 +245,7 @@ def token_stats(
     hidden: Tensor,  # (B, R, D)
     ids: Tensor,  # (B, R)
     mask: Tensor,  # (B, R) bool
-    head: Linear,
+    head: Linear | None,
     *,
     temperature: float,
     support: Support | None = None,
@@ -236,7 +255,7 @@ def token_stats(
     logprobs, entropy, kept_mass = [], [], []
     for part in chunks(len(tokens.ids)):
         here = tokens.slice(part)
-        logits = full_logits(here.hidden, head.weight, head.bias, temperature)  # (N, V)
+        logits = full_logits(here.hidden, *weights_of(head), temperature)  # (N, V)
         whole = logits.logsumexp(dim=1)
         if here.kept_ids is not None:
             logits = logits.gather(1, here.kept_ids.clamp(min=0).long())  # (N, K)

@@ -31,9 +31,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf.batches import Batch
 from rlhf.errors import InputError
 from rlhf.files import HUB_TIMEOUT, hub_failure
-from rlhf.tokens import encode_texts, prepare_tokenizer
+from rlhf.heads import gives_logits, mark_head, own_logits
+from rlhf.templates import prepare_tokenizer
+from rlhf.tokens import encode_texts, ending_ids, stop_ids
 
 REWARD_MODEL, LANGUAGE_MODEL = "a reward model", "a language model"
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
 def from_pretrained(auto_class: Any, path: str, flag: str, **options: Any) -> Any:
@@ -83,19 +86,25 @@ def read_config(path: str, *, flag: str, kind: str, max_len: int) -> PretrainedC
     seen = REWARD_MODEL if architecture.endswith("ForSequenceClassification") else LANGUAGE_MODEL
     if seen != kind:
         raise InputError(f"{flag}={path}: is {seen} ({architecture}); it must be {kind}")
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max_len > positions:
+    if config.get_text_config() is not config:
+        raise InputError(
+            f"{flag}={path}: {architecture} reads more than text; give a model of text alone"
+        )
+    positions = next((n for x in POSITIONS if isinstance(n := getattr(config, x, None), int)), 0)
+    if 0 < positions < max_len:
         raise InputError(f"--max_len={max_len}: {path} has only {positions} positions; lower it")
     return config
 
 
-def load_tokenizer(path: str, *, flag: str, kind: str, max_len: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    path: str, *, flag: str, kind: str, max_len: int, chat_template: str = "auto"
+) -> PreTrainedTokenizerFast:
     """Load and prepare a checkpoint's tokenizer, after checking its config: see `read_config`.
 
     Raises: InputError if there is none or it has ids that the model doesn't know.
     """
     config = read_config(path, flag=flag, kind=kind, max_len=max_len)
-    tokenizer = prepare_tokenizer(from_pretrained(AutoTokenizer, path, flag))
+    tokenizer = prepare_tokenizer(from_pretrained(AutoTokenizer, path, flag), chat_template)
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"{flag}={path}: the tokenizer has {len(tokenizer)} tokens, the model only"
@@ -107,13 +116,16 @@ def load_tokenizer(path: str, *, flag: str, kind: str, max_len: int) -> PreTrain
 def require_same_tokenizer(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, flag: str
 ) -> None:
-    """Stop unless both tokenizers give the same ids.
+    """Stop unless both tokenizers give the same ids, for text and around it.
 
     Raises: InputError.
     """
     probe = ["<instruction>Is 2+2=4?</instruction><response>Yes, naturally.</response>"]
-    same_vocabulary = tokenizer.get_vocab() == other.get_vocab()
-    if not same_vocabulary or encode_texts(tokenizer, probe) != encode_texts(other, probe):
+
+    def facts(of: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+        return of.get_vocab(), encode_texts(of, probe), of.chat_template, of.pad_token_id
+
+    if facts(tokenizer) != facts(other) or ending_ids(tokenizer) != ending_ids(other):
         raise InputError(f"{flag}: its tokenizer differs from the SFT model's; train it from there")
 
 
@@ -131,6 +143,8 @@ def load_weights(
 ) -> PreTrainedModel:
     """Load a model in float32 onto a device, in evaluation mode."""
     options = {"config": config, "dtype": torch.float32, "use_safetensors": True}
+    if getattr(config, "attn_logit_softcapping", None):  # which only the plain attention knows
+        options["attn_implementation"] = "eager"
     model = from_pretrained(auto_class, path, flag, **options)
     fuse_activations(model)
     return model.to(device).eval()
@@ -149,26 +163,11 @@ def load_policy(
 ) -> PreTrainedModel:
     """Load a causal language model. Raises: InputError."""
     config = set_dropout(from_pretrained(AutoConfig, path, flag), dropout)
-    model = load_weights(AutoModelForCausalLM, path, flag, config, device)
-    if not has_plain_head(model):
-        raise InputError(
-            f"{flag}={path}: {type(model).__name__} does more to its logits than its output layer"
-            " (a scale or a cap), which no stage knows; give another model"
-        )
-    return model
-
-
-@torch.no_grad()
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether a model's logits are its output layer's, applied to its last states."""
-    ids = torch.arange(4, device=model.device)[None]
-    states = model.base_model(ids, use_cache=False).last_hidden_state
-    ours, theirs = model.get_output_embeddings()(states), model(ids, use_cache=False).logits
-    return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    return mark_head(load_weights(AutoModelForCausalLM, path, flag, config, device))
 
 
 def load_reward_model(
-    path: str, *, flag: str, device: torch.device, eos_id: int, dropout: float = 0.0
+    path: str, *, flag: str, device: torch.device, pad_id: int, dropout: float = 0.0
 ) -> PreTrainedModel:
     """Load a reward model, or put a new head on a language model: one logit a sequence.
 
@@ -177,8 +176,8 @@ def load_reward_model(
     config = set_dropout(from_pretrained(AutoConfig, path, flag), dropout)
     config.num_labels = 1
     # transformers reads the logit at the last token that isn't padding: with pad = EOS that is the
-    # token before EOS, which `reward_logits` reads too.
-    config.pad_token_id = eos_id
+    # token before EOS, with a pad token of its own the stop token. `reward_logits` reads it there.
+    config.pad_token_id = pad_id
     return load_weights(AutoModelForSequenceClassification, path, flag, config, device)
 
 
@@ -204,15 +203,22 @@ def prepare_training(
     return model
 
 
+def model_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids at which a response of this model ends."""
+    own: Any = model.generation_config
+    return stop_ids(tokenizer, own and own.eos_token_id)
+
+
 def set_generation_defaults(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     **sampling: Any,
 ) -> None:
-    """Set how `generate` answers by default: its stop token, and how it samples if that is told."""
+    """Set how `generate` answers by default: where it stops, and how it samples if that is told."""
+    stops = model_stop_ids(model, tokenizer)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops if len(stops) > 1 else stops[0],
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
@@ -233,9 +239,18 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:  # (B, T, D)
 
 
 def response_states(model: nn.Module, batch: Batch) -> Tensor:  # (B, R, D)
-    """Give the states that predict the response tokens: from the last prompt token onwards."""
+    """Give the states that predict the response tokens: from the last prompt token onwards.
+
+    Of a model that gives its own logits it is these, (B, R, V): see `rlhf.heads`.
+    """
     first = batch.prompt_ids.shape[1] - 1
-    return hidden_states(model, batch)[:, first:-1]
+    if not gives_logits(model):
+        return hidden_states(model, batch)[:, first:-1]
+    ids, places = batch.without_gaps()  # (B, longest row), (B, T)
+    places = places[:, first:-1]  # (B, R)
+    start = int(places.min())
+    logits = own_logits(model, ids.shape[1] - start, input_ids=ids, use_cache=False)
+    return logits[torch.arange(len(ids), device=ids.device)[:, None], places - start]
 
 
 class Critic(nn.Module):
@@ -259,11 +274,11 @@ class Critic(nn.Module):
             return self.head(states.float()).squeeze(-1)
 
 
-def reward_logits(model: PreTrainedModel, batch: Batch, *, eos_id: int) -> Tensor:  # (B,)
-    """Read a reward model's logit at the last token that isn't EOS."""
-    last = batch.prompt_ids.shape[1] + batch.response_mask.sum(dim=1) - 1  # (B,)
+def reward_logits(model: PreTrainedModel, batch: Batch, *, pad_id: int) -> Tensor:  # (B,)
+    """Read a reward model's logit at the last token that isn't the padding token."""
+    columns = torch.arange(batch.mask.shape[1], device=batch.mask.device)
+    last = (columns * (batch.mask & (batch.input_ids != pad_id))).argmax(dim=1)  # (B,)
     rows = torch.arange(len(last), device=last.device)
-    last = last - (batch.input_ids[rows, last] == eos_id).long()
     states = hidden_states(model, batch)[rows, last]  # (B, D)
     with torch.autocast(states.device.type, enabled=False):
         return model.get_submodule("score")(states.float()).squeeze(-1)

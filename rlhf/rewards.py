@@ -94,7 +94,7 @@ def score_by_model(model: PreTrainedModel, facts: RewardFacts, *, runtime: Runti
         logits = torch.zeros(len(ended), device=ended.device)
         for rows, micro in micro_batches_by_length(batch, range(len(ended)), room):
             with runtime.autocast():
-                logits[rows] = reward_logits(model, micro, eos_id=model.config.pad_token_id)
+                logits[rows] = reward_logits(model, micro, pad_id=model.config.pad_token_id)
         if facts.loss == "regression":
             return regression_reward(logits, max_reward=facts.max_reward)
         return pairwise_reward(logits, logit_mean=facts.logit_mean, max_reward=facts.max_reward)

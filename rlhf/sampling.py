@@ -24,7 +24,8 @@ class Sampling(NamedTuple):
     min_gen_len: int
     max_new_tokens: int  # 0 = up to max_len
     max_len: int  # prompt and response together
-    eos_id: int
+    pad_id: int
+    stop_ids: list[int]  # a response ends at any of them
     early_end_ids: list[int]  # may not come at the first min_gen_len positions
 
     def generation_config(self) -> dict[str, Any]:

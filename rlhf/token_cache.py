@@ -27,14 +27,17 @@ def cached_ids(
     texts: Sequence[str],
     encode: Callable[[Sequence[str]], list[list[int]]],
     data_dir: str | Path | None,
+    *,
+    kind: str = "text",
 ) -> list[list[int]]:
     """Return what `encode` makes of the texts, from the cache if it has done so before.
 
+    `kind` names what else its ids depend on.
     A folder that cannot be written to leaves things as they are: the next run tokenises again.
     """
     if data_dir is None or len(texts) < LEAST_TEXTS:
         return encode(texts)
-    path = Path(data_dir) / FOLDER / f"{key_of(tokenizer, texts)}.safetensors"
+    path = Path(data_dir) / FOLDER / f"{key_of(tokenizer, texts, kind)}.safetensors"
     ids = read_ids(path)
     if ids is None:
         ids = encode(texts)
@@ -43,10 +46,10 @@ def cached_ids(
     return ids
 
 
-def key_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
+def key_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], kind: str = "text") -> str:
     """Name everything that ids depend on."""
     key = hashlib.sha256(FORMAT.encode())
-    for text in (tokenizer.backend_tokenizer.to_str(), *texts):
+    for text in (kind, tokenizer.backend_tokenizer.to_str(), *texts):
         data = text.encode("utf-8", "surrogatepass")
         key.update(len(data).to_bytes(8, "big"))
         key.update(data)

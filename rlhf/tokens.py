@@ -1,127 +1,71 @@
 """Records to token ids, and ids back to text.
 
-The text form is `<instruction>…</instruction><response>…</response>` and the EOS token. The tags
-are plain text, so that the vocabulary stays the base model's. Dialogues repeat the pair of tags,
-with EOS after each response.
-
 Prompt and response are tokenised apart and joined as ids, once, here. Two things make that the same
-as tokenising the whole text at once, as other tools do: the saved tokenizer cuts the text at the
-tags before BPE may merge across them, and the form is stored as its chat template.
+as tokenising the whole text at once, as other tools do: a prepared tokenizer cuts the text at the
+tags before BPE may merge across them, and the form is stored as its chat template. What the text
+looks like, `rlhf.templates` tells.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import PreTokenizer, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import InputError
 from rlhf.records import Prompt
+from rlhf.templates import (
+    form_of,
+    has_tags,
+    prompt_pieces,
+    starts_with_bos,
+    template_pieces,
+    within_text,
+)
 from rlhf.token_cache import cached_ids
 
-PROMPT_OPEN, PROMPT_CLOSE = "<instruction>", "</instruction>"
-RESPONSE_OPEN, RESPONSE_CLOSE = "<response>", "</response>"
-
-# `generation` marks what the model writes, so that other trainers can mask the rest of the loss.
-CHAT_TEMPLATE = (
-    "{%- set system = namespace(text='') -%}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}"
-    "{%- set system.text = message.content + '\\n\\n' -%}"
-    "{%- elif message.role == 'user' -%}"
-    "{{- '<instruction>' + system.text + message.content + '</instruction>' -}}"
-    "{%- set system.text = '' -%}"
-    "{%- else -%}"
-    "{{- '<response>' -}}"
-    "{%- generation -%}{{- message.content + '</response>' + eos_token -}}{%- endgeneration -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<response>' -}}{%- endif -%}"
-)
+# Who wrote a text: users and models; a template, from the beginning on; a template, further on.
+TEXT, START, REST = "text", "start", "rest"
 
 
 class Sample(NamedTuple):
-    """A prompt and a response as ids. The response ends with EOS unless it was cut."""
+    """A prompt and a response as ids. The response ends with its stop token unless it was cut."""
 
     prompt_ids: list[int]
     response_ids: list[int]
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that knows the text form: tags isolated, pad = EOS, chat template.
-
-    It has to be a plain PreTrainedTokenizerFast: GPT-2's own class would forget the isolated tags
-    when it is loaded again. A tokenizer that has been prepared comes back as it is.
-
-    Raises: InputError if it has no EOS token or is not backed by the `tokenizers` library.
-    """
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{tokenizer.name_or_path}: needs a fast tokenizer (a tokenizer.json)")
-    if tokenizer.eos_token is None:
-        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token")
-    if tokenizer.chat_template == CHAT_TEMPLATE:
-        return tokenizer
-    backend = tokenizer.backend_tokenizer
-    tags = Split(Regex("</?(?:instruction|response)>"), behavior="isolated")
-    steps: list[PreTokenizer] = [tags]
-    if backend.pre_tokenizer is not None:
-        steps.append(backend.pre_tokenizer)
-    backend.pre_tokenizer = PreTokenizerSequence(steps)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        unk_token=tokenizer.unk_token,
-        pad_token=tokenizer.eos_token,
-        model_max_length=tokenizer.model_max_length,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     data_dir: str | Path | None = None,
+    *,
+    kind: str = TEXT,
 ) -> list[list[int]]:
     """Tokenise texts as nothing but text: a special token's name in them stays plain text.
 
-    With `data_dir` the ids are kept there for the next time.
+    It is the token only in what a template has written, of which `kind` tells START and REST. With
+    `data_dir` the ids are kept there for the next time.
     """
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        options = {"add_special_tokens": False, "split_special_tokens": True}
-        return tokenizer(list(texts), **options, verbose=False).input_ids
+        backend = None if kind == START else within_text(tokenizer)
+        if backend is None:
+            options = {"add_special_tokens": False, "split_special_tokens": kind == TEXT}
+            return tokenizer(list(texts), **options, verbose=False).input_ids
+        backend.encode_special_tokens = kind == TEXT
+        return [x.ids for x in backend.encode_batch(list(texts), add_special_tokens=False)]
 
-    return cached_ids(tokenizer, texts, encode, data_dir) if texts else []
+    return cached_ids(tokenizer, texts, encode, data_dir, kind=kind) if texts else []
 
 
-def prompt_pieces(prompt: Prompt) -> list[str]:
-    """Write a prompt in the text form, cut where an EOS token stands.
-
-    >>> prompt_pieces("Hi")
-    ['<instruction>Hi</instruction><response>']
-    >>> prompt_pieces([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
-    ...                {"role": "user", "content": "Bye"}])[0]
-    '<instruction>Hi</instruction><response>Yes?</response>'
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    pieces, system = [""], ""
-    for message in messages:
-        content = message["content"]
-        if message["role"] == "system":
-            system = content + "\n\n"
-        elif message["role"] == "user":
-            pieces[-1] += PROMPT_OPEN + system + content + PROMPT_CLOSE
-            system = ""
-        else:
-            pieces[-1] += RESPONSE_OPEN + content + RESPONSE_CLOSE
-            pieces.append("")
-    pieces[-1] += RESPONSE_OPEN
-    return pieces
+def encode_special(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
+    """Tokenise the name of a special or added token as plain text."""
+    ids = encode_texts(tokenizer, [token])[0]
+    if not set(ids) & tokenizer.added_tokens_decoder.keys():
+        return ids
+    # An added token that is not called special is always found, but not its halves.
+    return [i for part in encode_texts(tokenizer, [token[:1], token[1:]]) for i in part]
 
 
 def encode_prompts(
@@ -129,15 +73,36 @@ def encode_prompts(
     prompts: Sequence[Prompt],
     data_dir: str | Path | None = None,
 ) -> list[list[int]]:
-    """Tokenise prompts up to and with the `<response>` tag after which the response begins."""
+    """Tokenise prompts up to where the response begins."""
+    if not has_tags(tokenizer):
+        return encode_by_template(tokenizer, prompts, data_dir)
     pieces = [prompt_pieces(prompt) for prompt in prompts]
     encoded = iter(encode_texts(tokenizer, [text for texts in pieces for text in texts], data_dir))
+    bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
     prompt_ids = []
     for texts in pieces:
-        ids = list(next(encoded))
+        ids = [*bos, *next(encoded)]
         for _ in texts[1:]:
             ids += [tokenizer.eos_token_id, *next(encoded)]
         prompt_ids.append(ids)
+    return prompt_ids
+
+
+def encode_by_template(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    data_dir: str | Path | None = None,
+) -> list[list[int]]:
+    """Tokenise prompts as the tokenizer's own template writes them.
+
+    A prompt without a special token's name is tokenised whole, as other tools do.
+    """
+    rows = template_pieces(tokenizer, prompts)
+    prompt_ids = encode_texts(tokenizer, [pieces[0] for pieces in rows], data_dir, kind=START)
+    for ids, pieces in zip(prompt_ids, rows, strict=True):
+        rest = encode_texts(tokenizer, pieces[2::2], kind=REST)
+        for token, more in zip(pieces[1::2], rest, strict=True):
+            ids += [*encode_special(tokenizer, token), *more]
     return prompt_ids
 
 
@@ -157,19 +122,22 @@ def encode_samples(
 ) -> list[Sample | None]:
     """Tokenise pairs of prompt and response.
 
-    A response too long for `max_len` is cut and left without closing tag and EOS, since both would
-    teach the model to stop in mid-sentence. None stands for a row whose prompt leaves less room
-    than `min_len` tokens.
+    A response too long for `max_len` is cut and left without closing text and stop token, since
+    both would teach the model to stop in mid-sentence. None stands for a row whose prompt leaves
+    less room than `min_len` tokens.
     """
-    closing_ids = closing_tag_ids(tokenizer)
+    form, ending = form_of(tokenizer), ending_ids(tokenizer)
+    if form.opening:
+        responses = [form.opening + response for response in responses]
     samples: list[Sample | None] = []
-    for prompt_ids, response_ids in zip(
+    for prompt_ids, written_ids in zip(
         encode_prompts(tokenizer, prompts, data_dir),
         encode_texts(tokenizer, responses, data_dir),
         strict=True,
     ):
         room = max_len - len(prompt_ids)
-        ended_ids = [*response_ids, *closing_ids, tokenizer.eos_token_id]
+        response_ids = [*form.opening_ids, *written_ids]
+        ended_ids = [*response_ids, *ending]
         if not has_room(prompt_ids, max_len=max_len, min_len=min_len):
             samples.append(None)
         elif len(ended_ids) <= room:
@@ -181,28 +149,48 @@ def encode_samples(
     return samples
 
 
-def closing_tag_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of `</response>`: three of GPT-2's, one of a vocabulary that has the tag."""
-    return encode_texts(tokenizer, [RESPONSE_CLOSE])[0]
+def ending_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end a response: `</response>` and EOS, or what a template has instead."""
+    form = form_of(tokenizer)
+    closing = encode_texts(tokenizer, [form.closing])[0] if form.closing else []
+    return [*closing, form.stop_id]
 
 
-def early_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that would end a response: EOS, and the one that opens the closing tag."""
-    return sorted({tokenizer.eos_token_id, closing_tag_ids(tokenizer)[0]})
+def stop_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None = None) -> list[int]:
+    """Return the ids at which a response ends: the form's, EOS, and those that a model has itself.
+
+    `own` is what the model's generation config names.
+    """
+    more = own if isinstance(own, list) else [own]
+    known = [i for i in more if i is not None and 0 <= i < len(tokenizer)]
+    return list(dict.fromkeys([form_of(tokenizer).stop_id, tokenizer.eos_token_id, *known]))
+
+
+def early_end_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[int]:
+    """Return the ids that would end a response: stops, and what opens the closing text."""
+    return sorted({*stops, ending_ids(tokenizer)[0]})
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int]) -> str:
     """Turn a response into the text that people and reward functions see.
 
-    EOS and one trailing closing tag are left out; everything else stays as it was written.
+    What the form writes around it is left out; everything else stays as it was written.
     """
-    ids = list(response_ids)
-    closing_ids = closing_tag_ids(tokenizer)
-    if ids and ids[-1] == tokenizer.eos_token_id:
+    ids, form = list(response_ids), form_of(tokenizer)
+    closing_ids = ending_ids(tokenizer)[:-1]
+    if ids and ids[-1] in (form.stop_id, tokenizer.eos_token_id):
         ids.pop()
-    if ids[-len(closing_ids) :] == closing_ids:
-        return str(tokenizer.decode(ids[: -len(closing_ids)]))
-    return str(tokenizer.decode(ids)).removesuffix(RESPONSE_CLOSE)
+    if form.opening_ids and ids[: len(form.opening_ids)] == form.opening_ids:
+        ids = ids[len(form.opening_ids) :]
+    closing = form.closing
+    if closing_ids and ids[-len(closing_ids) :] == closing_ids:
+        ids, closing = ids[: -len(closing_ids)], ""
+    backend = within_text(tokenizer)
+    if backend is None:
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    else:
+        text = backend.decode(ids, skip_special_tokens=False)
+    return text.removesuffix(closing).removeprefix(form.opening)
 
 
 def count_dropped(num_kept: int, num_rows: int, *, side: str, max_len: int, min_len: int) -> str:

@@ -54,8 +54,9 @@ class SharedRewardModel(nn.Module):
         self.config = from_pretrained(AutoConfig, path, flag)
         others = load_adapter(model, Path(path) / ADAPTER_FOLDER, name=REWARD)
         self.base_model = AdapterView(model, REWARD)
-        self.score = nn.Linear(self.config.hidden_size, 1, bias=False, device=model.device)
-        self.score.load_state_dict({"weight": others[f"{PREFIX}{HEAD}.weight"]})
+        weight = others[f"{PREFIX}{HEAD}.weight"]  # (1, D)
+        self.score = nn.Linear(weight.shape[1], 1, bias=False, device=model.device)
+        self.score.load_state_dict({"weight": weight})
         self.requires_grad_(False).eval()
 
 

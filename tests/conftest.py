@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf.batches import Batch, build_batch
-from rlhf.tokens import Sample, prepare_tokenizer
+from rlhf.templates import prepare_tokenizer
+from rlhf.tokens import Sample
 
 torch.set_num_threads(1)  # tiny matrices: threads would cost more than they bring
 

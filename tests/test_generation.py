@@ -25,7 +25,8 @@ PLAIN = Sampling(
     min_gen_len=0,
     max_new_tokens=12,
     max_len=64,
-    eos_id=0,
+    pad_id=0,
+    stop_ids=[0],
     early_end_ids=[0, 30],
 )
 

@@ -89,7 +89,9 @@ def test_a_response_may_fill_every_position_that_a_model_has(family):
         small = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
     config = AutoConfig.for_model(family, max_position_embeddings=24, **small)
     model = AutoModelForCausalLM.from_config(config).eval()
-    sampling = PLAIN._replace(do_sampling=False, max_new_tokens=0, max_len=24, eos_id=63)
+    sampling = PLAIN._replace(
+        do_sampling=False, max_new_tokens=0, max_len=24, pad_id=63, stop_ids=[63]
+    )
     prompts = uneven_prompts(5)
     responses, _ = roll_out(model, prompts, sampling, micro_batch_size=0)
     for prompt, response in zip(prompts, responses, strict=True):

@@ -121,6 +121,41 @@ def test_gradients_equal_the_plain_ones(parts, monkeypatch, numbers_kept, num_ke
         torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.claim(10, 24)
+@pytest.mark.parametrize("numbers_kept", [2**28, 0], ids=["kept", "again"])
+@pytest.mark.parametrize("num_kept", [None, "early end", 6])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logits_serve_where_a_model_gives_no_states(
+    parts, monkeypatch, numbers_kept, num_kept, temperature
+):
+    monkeypatch.setattr(rlhf.logprobs, "CHUNK", 4)
+    monkeypatch.setattr(rlhf.logprobs, "NUMBERS_KEPT", numbers_kept)
+    hidden, head, mask, rng = parts
+    support, allowed = None, torch.ones(B, R, V, dtype=torch.bool)
+    ids = torch.randint(5, V, (B, R), generator=rng)
+    if num_kept == "early end":
+        support = Support(None, EARLY, 2)
+        allowed[:, :2, EARLY] = False
+    elif num_kept:
+        support, allowed, ids = kept_support(rng, num_kept)
+    given = head(hidden).detach()
+    results = []
+    for function, dtype in ((token_logprobs, torch.float32), (plain, torch.float64)):
+        logits = given.to(dtype, copy=True).requires_grad_()
+        if function is plain:
+            logprobs = plain(logits, torch.nn.Identity(), ids, temperature, allowed)
+        else:
+            settings = {"temperature": temperature, "support": support}
+            stats = token_stats(logits, ids, mask, None, **settings)
+            logprobs = token_logprobs(logits, ids, mask, None, **settings)
+            assert torch.equal(stats.logprobs, logprobs)
+            assert torch.equal(logits, given)  # nothing is forbidden in the model's own tensor
+        (logprobs * torch.arange(R))[mask].sum().backward()
+        results.append((logprobs[mask].float(), logits.grad.float()))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("num_kept", [None, 2])
 def test_a_batch_without_real_tokens_gives_zeros(parts, num_kept):
     hidden, head, mask, rng = parts

@@ -129,7 +129,7 @@ def test_an_output_layer_of_its_own_is_frozen_and_the_head_of_a_reward_model_is_
     config.tie_word_embeddings = False
     untied = add_adapter(GPT2LMHeadModel(config), **ADAPTER)
     assert not untied.lm_head.weight.requires_grad
-    model = load_reward_model(base_path, flag="--x", device=CPU, eos_id=0)
+    model = load_reward_model(base_path, flag="--x", device=CPU, pad_id=0)
     add_adapter(model, **ADAPTER)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 17 and "score.weight" in trained
@@ -203,7 +203,7 @@ def test_a_checkpoint_is_merged_and_peft_loads_the_adapter_beside_it(
         model = load_policy(base_path, flag="--x", device=CPU)
     else:
         auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
-        model = load_reward_model(base_path, flag="--x", device=CPU, eos_id=0)
+        model = load_reward_model(base_path, flag="--x", device=CPU, pad_id=0)
         assert model.score.weight.std() > 0
     stir(add_adapter(model, **ADAPTER))
     before = weights_fingerprint(model)
@@ -420,9 +420,9 @@ def shared(lineage, path=None):
 
 def test_shared_reward_model_scores_as_the_merged_one(lineage, batch):
     _, critic, reward_model = shared(lineage)
-    merged = load_reward_model(str(lineage / "rm/best"), flag="--x", device=CPU, eos_id=0)
-    expected = reward_logits(merged, batch, eos_id=0)
-    ours = reward_logits(reward_model, batch, eos_id=0)
+    merged = load_reward_model(str(lineage / "rm/best"), flag="--x", device=CPU, pad_id=0)
+    expected = reward_logits(merged, batch, pad_id=0)
+    ours = reward_logits(reward_model, batch, pad_id=0)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     states = hidden_states(merged, batch)
     torch.testing.assert_close(hidden_states(critic, batch), states, rtol=1e-4, atol=1e-5)
@@ -435,7 +435,7 @@ def test_adapters_on_one_trunk_stay_apart(lineage, batch):
         assert torch.equal(hidden_states(policy, batch), hidden_states(alone, batch))
     expected = hidden_states(stir(add_adapter(alone, **ADAPTER)), batch)
     hidden_states(critic, batch)
-    reward_logits(reward_model, batch, eos_id=0)
+    reward_logits(reward_model, batch, pad_id=0)
     assert torch.equal(hidden_states(policy, batch), expected)
     assert not any(p.requires_grad for p in reward_model.parameters())
     assert all(p.requires_grad for p in critic.parameters()) and len([*critic.parameters()]) == 16

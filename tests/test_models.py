@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 from rlhf.batches import Batch, build_batch, position_ids
 from rlhf.errors import InputError
+from rlhf.heads import head_of, require_states
 from rlhf.models import (
     LANGUAGE_MODEL,
     REWARD_MODEL,
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def reward_model(base_path):
     torch.manual_seed(1)
-    return load_reward_model(base_path, flag="--x", device=CPU, eos_id=0)
+    return load_reward_model(base_path, flag="--x", device=CPU, pad_id=0)
 
 
 @pytest.mark.claim(4)
@@ -74,7 +75,7 @@ def test_loaded_policy_has_no_dropout_even_in_training_mode(base_path, batch):
 def test_reward_is_read_at_the_last_token_that_is_not_eos(reward_model, samples):
     ended, cut = samples[0], samples[2]
     for sample, last in ((ended, -2), (cut, -1)):
-        logits = reward_logits(reward_model, build_batch([sample], 0), eos_id=0)
+        logits = reward_logits(reward_model, build_batch([sample], 0), pad_id=0)
         ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
         states = reward_model.transformer(ids).last_hidden_state
         torch.testing.assert_close(logits, reward_model.score(states[:, last])[:, 0])
@@ -82,9 +83,9 @@ def test_reward_is_read_at_the_last_token_that_is_not_eos(reward_model, samples)
 
 @pytest.mark.claim(7)
 def test_reward_is_the_same_alone_in_a_batch_and_in_transformers(reward_model, samples):
-    together = reward_logits(reward_model, build_batch(samples, 0), eos_id=0)
+    together = reward_logits(reward_model, build_batch(samples, 0), pad_id=0)
     for row, sample in enumerate(samples):
-        alone = reward_logits(reward_model, build_batch([sample], 0), eos_id=0)[0]
+        alone = reward_logits(reward_model, build_batch([sample], 0), pad_id=0)[0]
         ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
         theirs = reward_model(ids).logits[0, 0]
         padded = reward_model(torch.cat((ids, torch.zeros(1, 4).long()), dim=1)).logits[0, 0]
@@ -94,7 +95,7 @@ def test_reward_is_the_same_alone_in_a_batch_and_in_transformers(reward_model, s
 
 def test_response_of_eos_alone_is_read_at_the_prompt(reward_model):
     batch = build_batch([Sample([5, 6], [0])], 0)
-    logits = reward_logits(reward_model, batch, eos_id=0)
+    logits = reward_logits(reward_model, batch, pad_id=0)
     theirs = reward_model(torch.tensor([[5, 6, 0]])).logits[0]
     torch.testing.assert_close(logits, theirs)
 
@@ -105,7 +106,7 @@ def test_pipeline_gives_our_reward(reward_model, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     responses = ["Blue.", "A cat, I think, and a dog."]
     encoded = encode_samples(tokenizer, ["Hi."] * 2, responses, max_len=99, min_len=1)
-    logits = reward_logits(reward_model, build_batch(encoded, 0), eos_id=0)
+    logits = reward_logits(reward_model, build_batch(encoded, 0), pad_id=0)
     rewards = regression_reward(logits, max_reward=5.0)
     classify = pipeline("text-classification", model=str(tmp_path), device="cpu")
     form = "<instruction>Hi.</instruction><response>{}</response><|endoftext|>"
@@ -119,7 +120,7 @@ def test_reward_head_depends_on_the_seed_alone(base_path):
     heads = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        model = load_reward_model(base_path, flag="--x", device=CPU, eos_id=0)
+        model = load_reward_model(base_path, flag="--x", device=CPU, pad_id=0)
         heads.append(model.score.weight)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
@@ -162,6 +163,26 @@ def test_kind_and_length_are_checked_before_weights(base_path, tmp_path, reward_
         read_config(base_path, flag="--x", kind=LANGUAGE_MODEL, max_len=129)
 
 
+@pytest.mark.parametrize(
+    ("family", "name"), [("mpt", "max_seq_len"), ("gpt_bigcode", "n_positions"), ("opt", "")]
+)
+def test_positions_are_found_under_any_name(family, name, tmp_path):
+    options = {name or "max_position_embeddings": 32}
+    config = AutoConfig.for_model(family, architectures=["XForCausalLM"], **options)
+    config.save_pretrained(tmp_path)
+    known = {"flag": "--x", "kind": LANGUAGE_MODEL}
+    read_config(str(tmp_path), max_len=32, **known)
+    with pytest.raises(InputError, match="only 32 positions"):
+        read_config(str(tmp_path), max_len=33, **known)
+
+
+def test_a_model_of_images_and_text_is_refused(tmp_path):
+    config = AutoConfig.for_model("gemma3", architectures=["Gemma3ForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="reads more than text; give a model of text alone"):
+        read_config(str(tmp_path), flag="--x", kind=LANGUAGE_MODEL, max_len=8)
+
+
 def test_tokenizer_that_does_not_fit_is_refused(base_path, tokenizer, base_tokenizer, tmp_path):
     config = AutoConfig.from_pretrained(base_path)
     config.vocab_size = 10
@@ -181,9 +202,10 @@ def test_weights_that_need_unpickling_are_refused(base_path, tmp_path, gpt2):
         load_policy(str(tmp_path), flag="--x", device=CPU)
 
 
+@pytest.mark.claim(10)
 @pytest.mark.parametrize("family", ["cohere", "granite", "gemma2", "llama"])
-def test_a_model_that_scales_or_caps_its_logits_is_refused(family, tmp_path):
-    """Our logprobs are those of the output layer: with a scale they would be another policy's."""
+def test_a_model_that_scales_or_caps_its_logits_gives_them_itself(family, tmp_path, samples):
+    """The output layer's own logits would be another policy's."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family,
@@ -194,14 +216,23 @@ def test_a_model_that_scales_or_caps_its_logits_is_refused(family, tmp_path):
         num_attention_heads=2,
         num_key_value_heads=2,
         **{"granite": {"logits_scaling": 8.0}, "gemma2": {"head_dim": 8}}.get(family, {}),
-        **({"final_logit_softcapping": 0.5} if family == "gemma2" else {}),
+        **({"final_logit_softcapping": 30.0} if family == "gemma2" else {}),
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    if family == "llama":
-        load_policy(str(tmp_path), flag="--x", device=CPU)
-        return
-    with pytest.raises(InputError, match="does more to its logits than its output layer"):
-        load_policy(str(tmp_path), flag="--x", device=CPU)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    plain.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), flag="--x", device=CPU)
+    assert (head_of(policy) is None) == (family != "llama")
+    for row, (prompt, response) in enumerate(samples):
+        states = response_states(policy, build_batch(samples, 0))[row, : len(response)]
+        ours = states if head_of(policy) is None else policy.lm_head(states)
+        theirs = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    if head_of(policy) is None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = response_states(policy, build_batch(samples, 0))
+        assert not torch.equal(logits, logits.bfloat16().float())  # not rounded on the way
+        with pytest.raises(InputError, match=r"--critic=shared: .*--critic=separate"):
+            require_states(policy, flag="--critic=shared")
 
 
 def test_selecting_rows_drops_needless_columns_and_nothing_else(samples):

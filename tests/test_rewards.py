@@ -71,10 +71,10 @@ def test_pairwise_reward_forgets_the_offset_that_its_loss_leaves_free():
 @pytest.mark.claim(6)
 def test_a_model_scores_by_the_formula_that_its_run_json_names(base_path, samples):
     torch.manual_seed(3)
-    model = load_reward_model(base_path, flag="--x", device=CPU.device, eos_id=0)
+    model = load_reward_model(base_path, flag="--x", device=CPU.device, pad_id=0)
     batch, ended = build_batch(samples, 0), torch.tensor([True, True, False])
     with torch.no_grad():
-        logits = reward_logits(model, batch, eos_id=0)
+        logits = reward_logits(model, batch, pad_id=0)
     assert logits.std() > 0.01
     expected = {"regression": 1 + 4 / (1 + torch.exp(-logits)), "pairwise": logits - 0.5}
     for loss, rewards in expected.items():

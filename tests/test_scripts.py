@@ -229,9 +229,9 @@ def test_pipeline_gives_the_reward_that_ppo_uses(lineage, tokenizer):
     path = str(lineage / "rm/best")
     plain = AutoModelForSequenceClassification.from_pretrained(path)
     assert plain.config.num_labels == 1 and plain.config.problem_type is None
-    model = load_reward_model(path, flag="--x", device=torch.device("cpu"), eos_id=0)
+    model = load_reward_model(path, flag="--x", device=torch.device("cpu"), pad_id=0)
     samples = encode_samples(tokenizer, ["Name the cat"], ["A cat."], max_len=64, min_len=1)
-    logits = reward_logits(model, build_batch(samples, 0), eos_id=0)
+    logits = reward_logits(model, build_batch(samples, 0), pad_id=0)
     reward = float(regression_reward(logits.detach(), max_reward=5.0))
     text = "<instruction>Name the cat</instruction><response>A cat.</response><|endoftext|>"
     score = pipeline("text-classification", model=path, device="cpu")(text)[0]["score"]
@@ -547,6 +547,11 @@ def bad_inputs(lineage, base_path, data_dir, tmp_path):
     yield "sft", [f"--model_id={base_path}", "--max_len=4096"], "128 positions"
     yield "sft", [f"--model_id={rm}"], "is a reward model"
     yield "sft", [f"--model_id={base_path}", "--report_to=wandb"], "wandb"
+    yield (
+        "sft",
+        [f"--model_id={base_path}", "--chat_template=no.jinja"],
+        "=no.jinja: cannot be read",
+    )
     yield "rm", ["--sft_model_path=REQUIRED"], "REQUIRED"
     yield "rm", [f"--sft_model_path={rm}"], "is a reward model"
     yield "rm", [f"--data_dir={data_dir}/pref"], "response"

@@ -4,16 +4,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf.errors import InputError
+from rlhf.templates import CHAT_TEMPLATE, prepare_tokenizer
 from rlhf.tokens import (
-    CHAT_TEMPLATE,
-    closing_tag_ids,
     count_dropped,
     decode_response,
     early_end_ids,
     encode_prompts,
     encode_samples,
     encode_texts,
-    prepare_tokenizer,
+    ending_ids,
+    stop_ids,
 )
 
 DIALOGUE = [
@@ -40,7 +40,7 @@ def test_whole_text_at_once_gives_the_same_ids(tokenizer, response):
 @pytest.mark.claim(1)
 def test_unprepared_tokenizer_would_merge_across_a_tag(base_tokenizer, tokenizer):
     text = "Blue.</response>"
-    apart = encode_texts(base_tokenizer, ["Blue."])[0] + closing_tag_ids(base_tokenizer)
+    apart = encode_texts(base_tokenizer, ["Blue."])[0] + ending_ids(base_tokenizer)[:-1]
     assert encode_texts(base_tokenizer, [text])[0] != apart
     assert encode_texts(tokenizer, [text])[0] == apart
 
@@ -81,8 +81,7 @@ def test_only_one_closing_tag_is_stripped(tokenizer):
 @pytest.mark.claim(3)
 def test_cut_response_has_neither_closing_tag_nor_eos(tokenizer):
     whole = encode(tokenizer, "Hi.", "The cat sat on the mat.")
-    closing = closing_tag_ids(tokenizer)
-    content = whole.response_ids[: -len(closing) - 1]
+    content = whole.response_ids[: -len(ending_ids(tokenizer))]
     for missing in range(1, len(whole.response_ids)):
         max_len = len(whole.prompt_ids) + len(whole.response_ids) - missing
         cut = encode(tokenizer, "Hi.", "The cat sat on the mat.", max_len=max_len)
@@ -136,9 +135,10 @@ def test_dialogue_has_eos_after_each_response(tokenizer):
 
 
 def test_early_end_ids_open_the_closing_tag(tokenizer):
-    assert len(closing_tag_ids(tokenizer)) > 1
-    first = closing_tag_ids(tokenizer)[0]
-    assert early_end_ids(tokenizer) == sorted([tokenizer.eos_token_id, first])
+    assert len(ending_ids(tokenizer)) > 2
+    first, stops = ending_ids(tokenizer)[0], stop_ids(tokenizer)
+    assert stops == [tokenizer.eos_token_id]
+    assert early_end_ids(tokenizer, stops) == sorted([*stops, first])
 
 
 def test_tokenizer_without_eos_is_refused(base_tokenizer):

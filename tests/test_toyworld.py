@@ -26,7 +26,8 @@ from transformers import (
 from rlhf.disk import write_checksums
 from rlhf.errors import InputError
 from rlhf.records import PAIR, read_split
-from rlhf.tokens import encode_samples, prepare_tokenizer
+from rlhf.templates import prepare_tokenizer
+from rlhf.tokens import encode_samples
 from toyworld import gold_reward, pairs, report
 from toyworld.__main__ import main, parse_args
 from toyworld.annotators import ANNOTATORS, RATINGS, annotate, to_score, utility

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 import load_dataset
 from rlhf.errors import InputError
 from rlhf.records import PAIR, SCORED, read_split
-from rlhf.tokens import encode_samples, prepare_tokenizer
+from rlhf.templates import prepare_tokenizer
+from rlhf.tokens import encode_samples
 from tests.faults.world import SCRIPTS, World
 
 # Rows: JSON of any shape, and the known forms with anything in their fields
