@@ -199,8 +199,12 @@ def add_training_arguments(
     )
 
 
-LORA = {"lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-LORA |= {"lora_target_modules": "targets"}
+LORA = {  # an argument, and what `add_adapter` calls it
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "targets",
+}
 
 
 def add_lora_arguments(parser: Parser, *, dropout: float) -> None:
@@ -251,5 +255,4 @@ def check_lora_arguments(parser: Parser, args: argparse.Namespace) -> argparse.N
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     """Give the arguments of LoRA as `add_adapter` takes them."""
     options = {word: getattr(args, name) for name, word in LORA.items()}
-    targets = [target.strip() for target in args.lora_target_modules.split(",")]
-    return {**options, "targets": [target for target in targets if target]}
+    return {**options, "targets": [x.strip() for x in args.lora_target_modules.split(",")]}

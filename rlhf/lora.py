@@ -62,36 +62,34 @@ def add_adapter(
 
 def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:
     """Find the linear layers that are named, by their names in the trunk. Raises: InputError."""
-    inside = tuple(f"{place}." for place in lora_layers(model.base_model))  # of other adapters
-    names = {
+    trunk, prefix = model.base_model, f"{model.base_model_prefix}."
+    inside = tuple(f"{place}." for place in lora_layers(trunk))  # of other adapters
+    modules = {
         name: getattr(module, "base_layer", module)
-        for name, module in model.base_model.named_modules()
+        for name, module in trunk.named_modules()
         if name and not name.startswith(inside)
     }
     layers: dict[str, nn.Module] = {
-        name: module for name, module in names.items() if isinstance(module, nn.Linear | Conv1D)
+        name: x for name, x in modules.items() if isinstance(x, nn.Linear | Conv1D)
     }
-    if list(targets) == [ALL_LINEAR]:
+    if ALL_LINEAR in targets:
         return layers
     ends = sorted({name.rpartition(".")[2] for name in layers})
     there = f"name layers of {', '.join(ends[:8])}{' …' if len(ends) > 8 else ''}, or {ALL_LINEAR}"
-    outside = {name for name, _ in model.named_modules()} - {model.base_model_prefix}
+    heads = {name for name, _ in model.named_modules() if not f"{name}.".startswith(prefix)}
     found: dict[str, nn.Module] = {}
     for target in targets:
-        flag = f"--lora_target_modules={target}"
-
-        def matches(name: str, target: str = target) -> bool:
-            return f".{name}".endswith(f".{target}")
-
-        if any(matches(name) and isinstance(m, nn.Embedding) for name, m in names.items()):
-            raise InputError(f"{flag}: is an embedding, which has no adapter; {there}")
-        here = {name: layer for name, layer in layers.items() if matches(name)}
-        if not here and target in outside - names.keys():
-            raise InputError(
-                f"{flag}: is the output layer, whose weight is read as it stands; {there}"
-            )
+        end = f".{target.removeprefix(prefix)}"
+        named = {name: x for name, x in modules.items() if f".{name}".endswith(end)}
+        here = {name: x for name, x in named.items() if name in layers}
+        if any(isinstance(x, nn.Embedding) for x in named.values()):
+            why = "is an embedding, which takes no adapter"
+        elif target and target in heads:
+            why = "is the output layer, whose weight is read as it stands"
+        else:
+            why = "matches no linear layer"
         if not here:
-            raise InputError(f"{flag}: matches no linear layer; {there}")
+            raise InputError(f"--lora_target_modules={target}: {why}; {there}")
         found |= here
     return found
 

@@ -145,7 +145,7 @@ def test_an_adapter_has_dropout_in_training_mode_alone(tokenizer):
 
 
 def test_targets_are_the_ends_of_names(tokenizer):
-    model = policy_with_adapter(tokenizer, targets=["c_attn", "h.1.mlp.c_fc"])
+    model = policy_with_adapter(tokenizer, targets=["c_attn", "transformer.h.1.mlp.c_fc"])
     places = {key.removeprefix("base_model.model.transformer.") for key in adapter_weights(model)}
     names = ("h.0.attn.c_attn", "h.1.attn.c_attn", "h.1.mlp.c_fc")
     assert places == {f"{name}.lora_{x}.weight" for name in names for x in "AB"}
@@ -156,6 +156,8 @@ def test_targets_are_the_ends_of_names(tokenizer):
     [
         ("q_proj", "matches no linear layer; name layers of c_attn, c_fc, c_proj, or all-linear"),
         ("attn", "matches no linear layer"),
+        ("", "matches no linear layer"),
+        ("transformer", "matches no linear layer"),
         ("lm_head", "is the output layer"),
         ("wte", "is an embedding"),
     ],
