@@ -57,7 +57,13 @@ from rlhf.processes import main_first, share_of, sum_over_processes
 from rlhf.records import PAIR, changed_since_written, fingerprint, read_split
 from rlhf.resume import Progress
 from rlhf.run_folder import RunFolder
-from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
+from rlhf.runtime import (
+    Runtime,
+    require_equal_shares,
+    require_whole_models,
+    start_runtime,
+    start_trackers,
+)
 from rlhf.sharding import in_step, run_whole, shard
 from rlhf.tokens import Sample, count_dropped, encode_samples
 
@@ -119,6 +125,7 @@ def load_pairs(
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     require_equal_shares(batch_size=args.batch_size)
+    require_whole_models(runtime, use_peft=args.use_peft, compile=args.compile)
     say(runtime.notice)
     say(changed_since_written(args.data_dir))
     with RunFolder(

@@ -29,9 +29,7 @@ class Runtime(NamedTuple):
     device: torch.device
     precision: str  # "float32" or "bfloat16"
     notice: str  # what the user should know about the device; often empty
-    zero_stage: int = (
-        0  # what processes share out: 0 nothing, 2 gradients and moments, 3 weights too
-    )
+    zero_stage: int = 0  # cut up between processes: 0 nothing, 2 gradients and moments, 3 weights
 
     def autocast(self) -> AbstractContextManager:
         """A context in which matrix products run in the chosen precision."""
@@ -58,11 +56,13 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     device, notice = choose_device(gpu_id), ""
+    zero_stage = launched_zero_stage()
     if device.type == "cpu":
         notice = "no CUDA device: running on the CPU"
         keep_freed_memory()
     if num_processes() > 1:
         notice = f"{num_processes()} processes; {notice or 'each has a GPU of its own'}"
+        notice += f"; FSDP2 cuts the model up as ZeRO-{zero_stage} does" if zero_stage else ""
     elif any(name.startswith("ACCELERATE_") for name in os.environ):
         notice = f"{notice}\nnote: accelerate launch has started one process".strip()
     precision = dtype
@@ -72,7 +72,7 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     # sums. In a bfloat16 run its products may take short cuts, on CUDA that of TF32.
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
     accelerate.utils.set_seed(seed)
-    return Runtime(device, precision, notice, launched_zero_stage())
+    return Runtime(device, precision, notice, zero_stage)
 
 
 def choose_device(gpu_id: int) -> torch.device:
@@ -138,6 +138,19 @@ def launched_zero_stage() -> int:
     if num_processes() == 1 or not asked:
         return 0
     return 3 if is_set("FSDP_RESHARD_AFTER_FORWARD") else 2
+
+
+def require_whole_models(runtime: Runtime, **asked: bool) -> None:
+    """Stop if models are cut up between processes and a flag asks for what needs whole ones.
+
+    Raises: InputError.
+    """
+    for name, is_asked in asked.items():
+        if runtime.zero_stage and is_asked:
+            raise InputError(
+                f"--{name}: needs a whole model in every process, and accelerate launch was told to"
+                " cut it up; start it by configs/multi_gpu.yaml"
+            )
 
 
 def is_set(name: str) -> bool:

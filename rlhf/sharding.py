@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf.errors import InputError
+from rlhf.heads import gives_logits
 from rlhf.processes import most_of_processes, num_processes
 
 
@@ -27,10 +29,15 @@ def shard(model: PreTrainedModel, *, zero_stage: int) -> None:
     """Cut a model up between the processes, in place; stage 0 leaves it whole.
 
     Stage 2 keeps the weights of a layer from its forward to its backward pass; stage 3 frees them
-    in between and gathers them again.
+    in between and gathers them again. Raises: InputError if a model cannot be cut up.
     """
     if not zero_stage:
         return
+    if gives_logits(model):
+        raise InputError(
+            f"{type(model).__name__} cannot be cut up between processes, since it gives its logits"
+            " itself; start by configs/multi_gpu.yaml"
+        )
     mesh = init_device_mesh(model.device.type, (num_processes(),))
     for layer in list(model.modules()):
         if isinstance(layer, GradientCheckpointingLayer):

@@ -76,7 +76,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "runtime": {"arguments", "processes"},
     "errors": set(),
     "processes": set(),
-    "sharding": {"processes"},
+    "sharding": {"heads", "processes"},
 }
 WITHOUT_TORCH = (
     "arguments",
