@@ -6,7 +6,8 @@ Nothing is measured here. Memory of weights follows from what is kept of each: 1
 trained one (float32 weight, gradient, AdamW's two moments), 4 for a frozen one. Memory of
 activations, and the FLOPs, follow from shapes and from constants that the other benchmarks measured
 (`ACTIVATIONS`). Time assumes rates, which are written above the table; states and time
-are divided among GPUs evenly. A second table has the peak of PPO, with adapters and without.
+are divided among GPUs evenly. Two more tables have what the files of configs/ leave on each GPU,
+and the peak of PPO, with adapters and without.
 """
 
 import argparse
@@ -30,6 +31,13 @@ PPO_MODELS = {  # (whole models kept, trained), (adapters kept, trained)
     "full fine-tuning": ((4, 2), (0, 0)),
     "`--use_peft`": ((3, 0), (2, 2)),
     "`--use_peft --share_trunk`": ((1, 0), (3, 2)),
+}
+# Bytes of a weight, gradient and moments included, in every process, and shared by all of them.
+WAYS = {
+    "multi_gpu": (16, 0),
+    "zero2": (4, 16),  # the weights are whole in a step
+    "fsdp2": (0, 16),
+    "multi_gpu `--use_peft`": (4, 0),  # the adapter itself is small
 }
 # Millions of tokens that UltraFeedback with the default arguments takes through each stage, and
 # FLOPs a weight and token: 2 forwards, 4 backwards. DPO's reference is computed once. PPO, 41,000
@@ -118,6 +126,17 @@ def sampling_hours(shape: Shape, args: argparse.Namespace) -> float:
     return reads * shape.weights * 2 / (args.bandwidth * 1e12) / 3600
 
 
+def print_ways(gpus: list[int]) -> None:
+    """Print what each GPU holds of one model that is trained, by each file of configs/."""
+    rows = [["configs/", "GPUs", *SHAPES]]
+    for way, (whole, shared) in WAYS.items():
+        for n in gpus if shared else ["any"]:
+            share = whole + (shared / int(n) if shared else 0)
+            figures = [shape.weights * share / 1e9 for shape in SHAPES.values()]
+            rows.append([way, str(n), *(f"{gb:.2g}" if gb < 10 else f"{gb:.0f}" for gb in figures)])
+    print(f"\nGB of one model on each GPU, without activations:\n\n{markdown_table(rows)}")
+
+
 def main(args: argparse.Namespace) -> None:
     print(f"Assumed: {args.share:.0%} of {args.peak:g} TFLOP/s, and {args.bandwidth:g} TB/s.\n")
     shares = [f"GB each on {n} GPUs" for n in args.gpus]
@@ -137,6 +156,7 @@ def main(args: argparse.Namespace) -> None:
         for way in PPO_MODELS:
             figures = [f"{gb:.1f}" for gb in ppo_gb(SHAPES[name], way, args.lora_r)]
             rows.append([name, way, *figures])
+    print_ways([n for n in args.gpus if n > 1])
     print(f"\nPPO, computed, with adapters of rank {args.lora_r}:\n\n{markdown_table(rows)}")
 
 

@@ -23,7 +23,7 @@ from tests.faults.world import content
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "rm", "dpo", "ppo")
-LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ROUNDING = 1e-6  # of a gradient's norm
 
 
@@ -37,9 +37,9 @@ SHARDED = {
 
 def launch(processes: int, *command: str, **environment: str) -> subprocess.Popen:
     """Start Python with some arguments in one process, or in two that torchrun starts."""
-    launcher = [sys.executable, "-m", *LAUNCHER] if processes == 2 else [sys.executable]
+    launcher = ["-m", *TORCHRUN] if processes == 2 else []
     return subprocess.Popen(
-        [*launcher, *command],
+        [sys.executable, *launcher, *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
@@ -180,6 +180,24 @@ def test_two_processes_that_were_stopped_go_on_to_the_same_bytes(sft, tmp_path, 
     stdout, _ = finish(launch(2, *sft, f"--ckpt_dir={stopped}", **environment))
     assert "going on in" in stdout
     assert content(stopped) == content(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "processes", "said"),
+    [
+        ("one_gpu", 1, "no CUDA device"),
+        ("multi_gpu", 2, "2 processes; no CUDA device: running on the CPU\n"),
+        ("zero2", 2, "FSDP2 cuts the model up as ZeRO-2 does"),
+        ("fsdp2", 2, "FSDP2 cuts the model up as ZeRO-3 does"),
+    ],
+)
+def test_accelerate_launches_by_the_files_of_configs(sft, tmp_path, config, processes, said):
+    file = ["--config_file", f"configs/{config}.yaml", "--num_processes", str(processes)]
+    options = [f"--ckpt_dir={tmp_path / 'sft'}", "--max_steps=1"]
+    started = launch(1, "-m", "accelerate.commands.launch", *file, *sft, *options)
+    stdout, _ = finish(started)
+    assert said in stdout and stdout.count("best checkpoint: ") == 1
 
 
 @pytest.mark.slow

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from rlhf.errors import InputError
-from rlhf.runtime import Runtime, installed_trackers, start_runtime, start_trackers
+from rlhf.runtime import (
+    Runtime,
+    installed_trackers,
+    launched_zero_stage,
+    require_whole_models,
+    start_runtime,
+    start_trackers,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -102,13 +109,57 @@ def test_a_seed_repeats_every_random_number(without_cuda):
     assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
 
 
-def test_several_processes_are_refused_until_a_stage_can_use_them(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="WORLD_SIZE=2: "):
+@pytest.mark.parametrize("one", ["1", ""])  # torchrun with one process; one without a value
+def test_one_process_needs_nobody_to_meet(monkeypatch, one):
+    monkeypatch.setenv("WORLD_SIZE", one)
+    start()
+
+
+@pytest.fixture
+def four_processes(monkeypatch) -> None:
+    """A launcher that has started four processes on this machine."""
+    launched = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "here"}
+    for name, value in {**launched, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_each_of_several_processes_takes_the_gpu_of_its_own_number(two_gpus, four_processes):
+    with pytest.raises(InputError, match="--gpu_id=1: 4 processes were started"):
+        start(gpu_id=1)
+    with pytest.raises(InputError, match="--nproc_per_node=4: this machine has 2 GPUs"):
         start()
-    for one in ("1", ""):  # torchrun with one process; a variable without a value
-        monkeypatch.setenv("WORLD_SIZE", one)
+
+
+def test_deepspeed_and_the_first_fsdp_are_refused_with_what_does_the_same(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(
+        InputError, match=r"configs/zero2\.yaml and configs/fsdp2\.yaml do the same"
+    ):
         start()
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="the first version of FSDP"):
+        start()
+
+
+@pytest.mark.parametrize(("again", "stage"), [("true", 3), ("false", 2)])
+def test_accelerate_tells_how_models_are_cut_up(monkeypatch, again, stage):
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for name, value in {**launched, "FSDP_RESHARD_AFTER_FORWARD": again}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_zero_stage() == 0  # one process has nobody to share with
+    monkeypatch.setattr("rlhf.runtime.num_processes", lambda: 2)
+    assert launched_zero_stage() == stage
+    runtime = Runtime(torch.device("cpu"), "float32", "", stage)
+    require_whole_models(runtime, use_peft=False)
+    with pytest.raises(InputError, match="--use_peft: needs a whole model in every process"):
+        require_whole_models(runtime, use_peft=True)
+
+
+def test_one_process_of_accelerate_launch_is_said(without_cuda, monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` starts one, without a word of its own."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert "note: accelerate launch has started one process" in start().notice
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
