@@ -23,6 +23,9 @@ from rlhf.sharding import whole
 COMMON = ["--max_len=64", "--learning_rate=1e-5", "--log_step=1", "--dtype=float32"]
 
 
+LORA = ["--use_peft", "--lora_dropout=0"]
+
+
 def keep_gradients(path: Path) -> None:
     """Write the gradients that the next optimiser steps clip, if they are the first of a run."""
     clip, kept = torch.nn.utils.clip_grad_norm_, []
@@ -42,7 +45,11 @@ def main(base: str, data: str, out: str, parents: str, number: str, *stages: str
     runs = {
         "sft": (run_sft, [f"--model_id={base}", "--batch_size=6", "--max_samples=57"]),
         "rm": (run_rm, ["--batch_size=4", "--loss=pairwise", "--num_epochs=1", "--max_samples=50"]),
-        "dpo": (run_dpo, ["--batch_size=4", "--max_samples=29"]),
+        "dpo": (run_dpo, ["--batch_size=4", "--max_samples=29", "--gradient_checkpointing"]),
+        "lora": (
+            run_sft,
+            [f"--model_id={base}", "--batch_size=6", "--num_epochs=1", *LORA],
+        ),
         "ppo": (
             run_ppo,
             [
@@ -59,8 +66,8 @@ def main(base: str, data: str, out: str, parents: str, number: str, *stages: str
     clip = torch.nn.utils.clip_grad_norm_
     for stage in stages:
         script, options = runs[stage]
-        split = {"sft": "sft", "rm": "rm"}.get(stage, "pref")
-        if stage != "sft":
+        split = {"sft": "sft", "lora": "sft", "rm": "rm"}.get(stage, "pref")
+        if script is not run_sft:
             options = [*options, f"--sft_model_path={parents}/sft/best"]
         folder = [f"--ckpt_dir={out}/{stage}", f"--data_dir={data}/{split}", "--max_steps=10"]
         torch.nn.utils.clip_grad_norm_ = clip

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,11 @@ from rlhf.runtime import launched_processes, require_equal_shares
 from tests.faults.world import content
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("sft", "rm", "dpo", "ppo")
+CUT_UP = ("sft", "rm", "dpo")  # by FSDP2
+STAGES = (*CUT_UP, "ppo", "lora")
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+WAYS = [("whole", stage) for stage in STAGES]
+WAYS += [(way, stage) for way in ("zero2", "fsdp2") for stage in CUT_UP]
 ROUNDING = 1e-6  # of a gradient's norm
 
 
@@ -62,7 +67,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(root, base_path, data_dir) -> Path:
-    """All four trainers by one process."""
+    """All four trainers, and SFT of an adapter, by one process."""
     out = root / "one"
     out.mkdir()
     paths = map(str, (base_path, data_dir, out, out))
@@ -70,41 +75,40 @@ def one(root, base_path, data_dir) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=["two", *SHARDED])
-def two(request, root, one, base_path, data_dir) -> Path:
-    """The same by two, from the same parents; PPO only where each has whole models."""
-    out = root / request.param
-    out.mkdir()
-    paths = map(str, (base_path, data_dir, out, one))
-    environment = SHARDED.get(request.param, {})
-    stages = STAGES[:3] if environment else STAGES
-    finish(launch(2, "-m", "tests.four_stages", *paths, "2", *stages, **environment))
-    return out
+@pytest.fixture(scope="module")
+def by_two(root, one, base_path, data_dir) -> Callable[[str], Path]:
+    """The same by two processes, from the same parents: those stages that go this way."""
 
+    @cache
+    def run(way: str) -> Path:
+        out = root / way
+        out.mkdir()
+        paths = map(str, (base_path, data_dir, out, one))
+        stages = [stage for this, stage in WAYS if this == way]
+        environment = SHARDED.get(way, {})
+        finish(launch(2, "-m", "tests.four_stages", *paths, "2", *stages, **environment))
+        return out
 
-def both(one: Path, two: Path, stage: str, file: str) -> tuple[dict[str, torch.Tensor], ...]:
-    if stage == "ppo" and two.name != "two":
-        pytest.skip("PPO's models are not cut up")
-    return load_file(one / file), load_file(two / file)
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_have_the_gradient_of_one(one, two, stage):
-    one, two = both(one, two, stage, f"{stage}.safetensors")
+@pytest.mark.parametrize(("way", "stage"), WAYS)
+def test_two_processes_have_the_gradient_of_one(one, by_two, way, stage):
+    one, two = (load_file(out / f"{stage}.safetensors") for out in (one, by_two(way)))
     difference = sum((one[name] - two[name]).double().square().sum() for name in one)
     norm = sum(gradient.double().square().sum() for gradient in one.values())
     assert float(difference / norm) ** 0.5 < ROUNDING
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_end_with_the_weights_of_one(one, two, stage):
+@pytest.mark.parametrize(("way", "stage"), WAYS)
+def test_two_processes_end_with_the_weights_of_one(one, by_two, way, stage):
     """But for weights whose gradient is 0 but for rounding: a bias of the keys, for one.
 
     AdamW makes steps of the learning rate out of whatever the rounding is.
     """
-    one, two = both(one, two, stage, f"{stage}/best/model.safetensors")
+    one, two = (load_file(out / stage / "best/model.safetensors") for out in (one, by_two(way)))
     apart = {name for name in one if not torch.allclose(one[name], two[name], rtol=0, atol=1e-6)}
     without_gradient = {name for name in one if name.endswith(("attn.c_attn.bias", "ln_f.bias"))}
     assert apart <= without_gradient
@@ -120,12 +124,11 @@ def test_two_processes_end_with_the_weights_of_one(one, two, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_log_the_numbers_of_one(one, two, stage):
-    both(one, two, stage, f"{stage}.safetensors")
+@pytest.mark.parametrize(("way", "stage"), WAYS)
+def test_two_processes_log_the_numbers_of_one(one, by_two, way, stage):
     one, two = (
         [json.loads(line) for line in (folder / stage / "metrics.jsonl").open()]
-        for folder in (one, two)
+        for folder in (one, by_two(way))
     )
     assert len(one) == len(two) > 5
     for row, other in zip(one, two, strict=True):
@@ -135,9 +138,9 @@ def test_two_processes_log_the_numbers_of_one(one, two, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_leave_the_files_of_one(one, two, stage):
-    both(one, two, stage, f"{stage}.safetensors")
+@pytest.mark.parametrize(("way", "stage"), WAYS)
+def test_two_processes_leave_the_files_of_one(one, by_two, way, stage):
+    two = by_two(way)
 
     def names(folder: Path) -> set[str]:
         files = (str(path.relative_to(folder)) for path in folder.rglob("*"))

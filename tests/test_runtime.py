@@ -132,9 +132,7 @@ def test_each_of_several_processes_takes_the_gpu_of_its_own_number(two_gpus, fou
 
 def test_deepspeed_and_the_first_fsdp_are_refused_with_what_does_the_same(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(
-        InputError, match=r"configs/zero2\.yaml and configs/fsdp2\.yaml do the same"
-    ):
+    with pytest.raises(InputError, match=r"configs/zero2\.yaml and configs/fsdp2\.yaml do"):
         start()
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
