@@ -28,6 +28,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_cuda or isinstance(error, MemoryError) or any(x in str(error) for x in on_cpu)
 
 
+def is_left_alone(error: BaseException) -> bool:
+    """Tell whether an error means that another process of the run has ended, of what it told."""
+    gone = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return type(error).__name__ == "DistBackendError" or any(x in str(error) for x in gone)
+
+
 def exit_in_one_line(name: str, message: str, code: int) -> NoReturn:
     """Write `name: error: message` as one line to stderr and exit with `code`.
 
@@ -55,6 +61,8 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         exit_in_one_line(name, str(error), 2 if isinstance(error, InputError) else 1)
     except (RuntimeError, MemoryError) as error:
+        if is_left_alone(error) and os.environ.get("RLHF_DEBUG") != "1":
+            exit_in_one_line(name, "another process of this run has ended, and so does this one", 1)
         if not is_out_of_memory(error) or os.environ.get("RLHF_DEBUG") == "1":
             raise
         remedy = "set --micro_batch_size=1, then lower --max_len or --batch_size"

@@ -67,10 +67,10 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 def most_of_processes(numbers: Sequence[int], device: torch.device) -> list[int]:
-    """Give the largest that any process has of each of some numbers."""
+    """Give the largest that any process has of each of some numbers; True is 1."""
     if num_processes() == 1:
         return list(numbers)
-    most = torch.tensor(numbers, device=device)
+    most = torch.tensor([int(number) for number in numbers], device=device)
     distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
     return most.tolist()
 

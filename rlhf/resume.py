@@ -87,9 +87,7 @@ class Progress:
             self.restore()
         wait_for_all()  # before there is another state than those that were restored
         take_from_main(self.weights().values())
-        has_none = not self.states()
-        wait_for_all()
-        if has_none:
+        if any(most_of_processes([not self.states()], self.device)):
             self.save()  # from here on, a run without a state has lost it
 
     # What is left to do
@@ -147,7 +145,7 @@ class Progress:
             self.torn, self.changed = False, True
             epoch_ended = len(self.metrics.rows) > self.saved_epochs
             is_due = epoch_ended or time.monotonic() - self.saved_at >= self.save_every
-            agreed = most_of_processes([self.signal, int(is_due)], self.device)
+            agreed = most_of_processes([self.signal, is_due], self.device)
             self.signal = agreed[0]
             if agreed[1]:
                 self.save()

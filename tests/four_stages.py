@@ -58,6 +58,7 @@ def main(base: str, data: str, out: str, parents: str, number: str, *stages: str
                 "--max_samples=25",
                 "--minibatch_size=4",
                 "--temperature=1.0",
+                "--top_k=0",  # then each process keeps as many ids of a token as it needs
                 "--top_p=0.9",
                 "--max_new_tokens=12",
             ],
