@@ -200,7 +200,9 @@ def check_reward(path):
     model = load_reward_model(str(path), flag="--x", device=CPU, pad_id=pad_id)
     samples = encode_samples(tokenizer, ["Name the cat"] * 2, answers, max_len=96, min_len=1)
     ours = reward_logits(model, build_batch(samples, pad_id), pad_id=pad_id)
-    plain = AutoModelForSequenceClassification.from_pretrained(path)
+    # Before 5.23 transformers forgot Gemma 2's attention cap where nobody asked for eager attention.
+    eager = {"attn_implementation": "eager"}
+    plain = AutoModelForSequenceClassification.from_pretrained(path, **eager)
     assert plain.config.pad_token_id == pad_id
     classify = pipeline("text-classification", model=plain, tokenizer=tokenizer)
     for logit, sample, answer in zip(ours, samples, answers, strict=True):
