@@ -53,7 +53,7 @@ from rlhf.models import (
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
-from rlhf.processes import main_first, share_of, sum_over_processes
+from rlhf.processes import main_first, most_of_processes, share_of, sum_over_processes
 from rlhf.records import PAIR, changed_since_written, fingerprint, read_split
 from rlhf.resume import Progress
 from rlhf.run_folder import RunFolder
@@ -136,6 +136,7 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
         keep=args.keep,
+        zero_stage=runtime.zero_stage,
     ) as folder:
         if folder.standing == "finished":
             say(folder.finished_line())
@@ -164,7 +165,8 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     pad_id = tokenizer.pad_token_id
     room, cache = Room(args.micro_batch_size), folder.path / RESUME / "ref_logprobs"
     cached = load_tensors(cache, device=runtime.device)
-    if cached and cached[1] == made_from:
+    is_cached = cached is not None and cached[1] == made_from
+    if not any(most_of_processes([not is_cached], runtime.device)):  # each of them has it
         ref_logprobs = cached[0]
     else:
         ref_logprobs = {}  # (number of pairs, 2) each
@@ -265,10 +267,10 @@ def add_gradient(
 ) -> dict[str, Tensor]:
     """Add the gradient of an optimisation batch to the weights'; returns means over its pairs."""
     means = {name: torch.zeros((), device=runtime.device) for name in TERMS}
-    own = share_of(range(len(pairs)))
+    own = list(share_of(range(len(pairs))))
     lengths = [max(map(sample_length, pairs[row])) for row in own]
-    for part, weight in in_step(policy, micro_batches(lengths, room, sequences_per_row=2)):
-        rows = list(own[part] or [0])
+    parts = micro_batches(lengths, room, sequences_per_row=2)
+    for rows, weight in in_step(policy, own, parts, spare=0):
         some = [pairs[row] for row in rows]
         logprobs = run_whole(policy, pair_logprobs, some, pad_id, runtime)  # (B, 2)
         terms = preference_terms(logprobs, ref_logprobs[rows], args.beta)
@@ -302,8 +304,8 @@ def all_logprobs(
     order = share_of(sorted(range(len(pairs)), key=lengths.__getitem__))
     logprobs = torch.zeros(len(pairs), 2, device=runtime.device)
     ordered = [lengths[row] for row in order]
-    for part, weight in in_step(model, micro_batches(ordered, room, sequences_per_row=2)):
-        rows = list(order[part] or [0])
+    parts = micro_batches(ordered, room, sequences_per_row=2)
+    for rows, weight in in_step(model, order, parts, spare=0):
         some = [pairs[row] for row in rows]
         logprobs[rows] += weight * run_whole(model, pair_logprobs, some, pad_id, runtime)
     return sum_over_processes(logprobs)

@@ -171,8 +171,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if 0 < args.max_new_tokens < args.min_gen_len:
         limits = f"--max_new_tokens={args.max_new_tokens} is less than --min_gen_len"
         parser.error(f"{limits}={args.min_gen_len}: no response could end")
-    if args.share_trunk and not (args.use_peft and args.critic == "separate"):
-        parser.error("--share_trunk needs --use_peft and --critic=separate: add them, or leave it")
+    if args.share_trunk and not args.use_peft:
+        parser.error("--share_trunk needs --use_peft: add it, or leave --share_trunk out")
+    if args.share_trunk and args.critic == "shared":
+        parser.error("--share_trunk gives the critic an adapter: leave --critic=shared out")
     if args.share_trunk and args.compile:
         parser.error("--share_trunk and --compile: each adapter would be compiled anew; leave one")
     return check_lora_arguments(parser, args)

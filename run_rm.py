@@ -156,6 +156,7 @@ def main(args: argparse.Namespace) -> None:
         data={**fingerprint(args.data_dir), "score_scale": list(score_scale(args.data_dir))},
         resume=args.resume,
         keep=args.keep,
+        zero_stage=runtime.zero_stage,
     ) as folder:
         if folder.standing == "finished":
             say(folder.finished_line())
@@ -265,6 +266,8 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
             data_dir=(str(Path(args.data_dir).parent / "pref"), ".data/pref"),
             max_len=(args.max_len, 1024),
             max_reward=(args.max_reward, 5.0),
+            use_peft=(args.use_peft, False),
+            share_trunk=(args.use_peft, False),
         ),
     )
     folder.finish()
@@ -284,9 +287,9 @@ def add_gradient(
     own = share_of(items)
     lengths = [max(responses.lengths[row] for row in item) for item in own]
     parts = micro_batches(lengths, room, sequences_per_row=len(items[0]))
-    for part, weight in in_step(model, parts):
+    for some, weight in in_step(model, own, parts, spare=items[0]):
         # Pairs come as all better ones, then all worse ones.
-        rows = list(chain.from_iterable(zip(*(own[part] or items[:1]), strict=True)))
+        rows = list(chain.from_iterable(zip(*some, strict=True)))
         logits = run_whole(model, score_rows, responses, rows, pad_id, runtime)
         if args.loss == "pairwise":
             losses = pairwise_reward_loss(*logits.chunk(2))
@@ -325,8 +328,7 @@ def evaluate(
     logits = torch.zeros(len(heldout.samples), device=runtime.device)
     order = share_of(sorted(range(len(heldout.samples)), key=heldout.lengths.__getitem__))
     parts = micro_batches([heldout.lengths[row] for row in order], room)
-    for part, weight in in_step(model, parts):
-        rows = order[part] or [0]
+    for rows, weight in in_step(model, order, parts, spare=0):
         logits[rows] += weight * run_whole(model, score_rows, heldout, rows, pad_id, runtime)
     logits = sum_over_processes(logits).cpu()
     logit_mean = float(logits.mean())

@@ -140,6 +140,7 @@ def main(args: argparse.Namespace) -> None:
         data=fingerprint(args.data_dir),
         resume=args.resume,
         keep=args.keep,
+        zero_stage=runtime.zero_stage,
     ) as folder:
         if folder.standing == "finished":
             say(folder.finished_line())
@@ -244,6 +245,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
             sft_model_path=(str(folder.path / "best"), ".model/sft/best"),
             data_dir=(str(Path(args.data_dir).parent / "rm"), ".data/rm"),
             max_len=(args.max_len, 1024),
+            use_peft=(args.use_peft, False),
         ),
     )
     folder.finish()
@@ -257,8 +259,8 @@ def add_gradient(
     loss = torch.zeros((), device=runtime.device)
     own = share_of(samples)
     parts = micro_batches([sample_length(sample) for sample in own], room)
-    for part, weight in in_step(model, parts):
-        batch = build_batch(own[part] or samples[:1], pad_id).to(runtime.device)
+    for some, weight in in_step(model, own, parts, spare=samples[0]):
+        batch = build_batch(some, pad_id).to(runtime.device)
         part_loss = weight * run_whole(model, summed_loss, batch, runtime) / num_tokens
         part_loss.backward()
         loss += part_loss.detach()
@@ -289,8 +291,9 @@ def evaluate(
     lengths = [sample_length(sample) for sample in samples]
     order = share_of(sorted(range(len(samples)), key=lengths.__getitem__))
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for part, weight in in_step(model, micro_batches([lengths[row] for row in order], room)):
-        batch = build_batch([samples[row] for row in order[part] or [0]], pad_id)
+    parts = micro_batches([lengths[row] for row in order], room)
+    for rows, weight in in_step(model, order, parts, spare=0):
+        batch = build_batch([samples[row] for row in rows], pad_id)
         total += weight * run_whole(model, summed_loss, batch.to(runtime.device), runtime)
     loss = float(sum_over_processes(total)) / sum(len(sample.response_ids) for sample in samples)
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     for n, values in seconds.items():
         faster = "" if n == args.processes[0] else f"{first / statistics.median(values):.2f} x"
         rows.append([str(n), m.spread(values), faster, f"{losses[n]:.6f}"])
-    record = {"threads_each": args.threads, "seconds": seconds}
+    record = {"threads_each": args.threads, "seconds": seconds, "loss": losses}
     name = f"processes_{args.dtype}{'_fsdp' if args.fsdp else ''}"
     m.report(name, rows, record, m.start(args).device)
 

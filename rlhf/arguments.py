@@ -231,7 +231,7 @@ def add_lora_arguments(parser: Parser, *, dropout: float) -> None:
         "--lora_target_modules",
         type=nonempty,
         default="all-linear",
-        help="layers with an adapter: their names, or the ends of them, with commas between",
+        help="layers with an adapter: their names, or the last parts of them (c_attn), with commas",
     )
 
 

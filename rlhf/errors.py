@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-SECONDS_FOR_MAIN = 3.0
+SECONDS_FOR_MAIN = 10.0
 DIVERGED = "A lower --learning_rate or --dtype=float32 may help"
 
 
@@ -37,11 +37,11 @@ def is_left_alone(error: BaseException) -> bool:
 def exit_in_one_line(name: str, message: str, code: int) -> NoReturn:
     """Write `name: error: message` as one line to stderr and exit with `code`.
 
-    What the user can cause, all processes of a run find. So the others leave it to the first, whose
+    What one process of a run finds, mostly all find. So the others leave it to the first, whose
     exit makes the launcher end them; if they outlive it, it was theirs alone.
     """
-    rank = os.environ.get("RANK", "0")
-    if code == 2 and rank != "0":
+    rank = os.environ.get("RANK") or "0"
+    if rank != "0":
         time.sleep(SECONDS_FOR_MAIN)
         name = f"{name}, process {rank}"
     sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")

@@ -1,6 +1,6 @@
 """MEMORY: what does not fit into it is done again in smaller parts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -48,16 +48,15 @@ def fit(
         say(f"note: out of memory; going on with {room} in a forward, the batch stays as it is")
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Give the state of torch's generators, which dropout draws from."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    return states
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Give the states of torch's generators, which dropout draws from: CPU's and CUDA's."""
+    on_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_cuda
 
 
-def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set torch's generators back to a state."""
-    torch.set_rng_state(states["random.cpu"])
-    if "random.cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["random.cuda"], device)
+def set_random_state(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Set torch's generators back to these states."""
+    on_cpu, on_cuda = states
+    torch.set_rng_state(on_cpu)
+    if on_cuda is not None:
+        torch.cuda.set_rng_state(on_cuda, device)

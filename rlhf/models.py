@@ -126,7 +126,10 @@ def require_same_tokenizer(
         return of.get_vocab(), encode_texts(of, probe), of.chat_template, of.pad_token_id
 
     if facts(tokenizer) != facts(other) or ending_ids(tokenizer) != ending_ids(other):
-        raise InputError(f"{flag}: its tokenizer differs from the SFT model's; train it from there")
+        raise InputError(
+            f"{flag}: its tokenizer, chat template or pad token differs from the SFT model's; train"
+            " it by run_rm.py from that SFT model"
+        )
 
 
 def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:

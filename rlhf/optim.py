@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.errors import DIVERGED, RunError
@@ -68,8 +69,11 @@ def optimizer_step(
     return norms[0]
 
 
-def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Give an optimiser back the moments that stand under names with this prefix."""
+def restore_schedule(
+    schedule: LambdaLR, state: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Give a schedule its state back, and its optimiser the moments that stand under a prefix."""
+    optimizer = schedule.optimizer
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -80,3 +84,6 @@ def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefi
                 part_like(tensor, weight) if tensor.shape == weight.shape else tensor
             )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    schedule.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate

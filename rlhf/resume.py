@@ -25,10 +25,10 @@ from rlhf.batches import PlannedBatch, Room
 from rlhf.checkpoints import load_facts, load_tensors, save_tensors
 from rlhf.disk import remove, require_space
 from rlhf.earlier import EARLIER, RESUME, STATES
-from rlhf.errors import InputError
+from rlhf.errors import InputError, RunError
 from rlhf.memory import Result, fit
 from rlhf.metrics import Metrics, say
-from rlhf.optim import restore_optimizer
+from rlhf.optim import restore_schedule
 from rlhf.processes import (
     is_main_process,
     most_of_processes,
@@ -38,7 +38,7 @@ from rlhf.processes import (
     wait_for_all,
 )
 from rlhf.run_folder import RunFolder
-from rlhf.sharding import is_sharded, part_like, whole
+from rlhf.sharding import gathered, is_sharded, part_like
 
 GENERATIONS = 2  # of the state: should the newer one be damaged, there is the older
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -145,13 +145,14 @@ class Progress:
             self.torn, self.changed = False, True
             epoch_ended = len(self.metrics.rows) > self.saved_epochs
             is_due = epoch_ended or time.monotonic() - self.saved_at >= self.save_every
-            agreed = most_of_processes([self.signal, is_due], self.device)
-            self.signal = agreed[0]
-            if agreed[1]:
+            told, save_now = most_of_processes([self.signal, is_due], self.device)
+            if save_now:
                 self.save()
         finally:
             self.in_whole = False
-        if self.signal:
+        # A signal that has come since counts here, but with several processes after the next step.
+        self.signal = self.signal or told
+        if told or (self.signal and num_processes() == 1):
             raise Stopped(128 + self.signal)
 
     def __exit__(
@@ -196,11 +197,12 @@ class Progress:
 
         All processes take part, since each may hold but a part of it; the main one writes.
         """
-        tensors = {name: whole(tensor) for name, tensor in self.weights().items()}
+        tensors = self.weights()
         for i, schedule in enumerate(self.schedules):
             for index, moments in schedule.optimizer.state_dict()["state"].items():
                 for name, tensor in moments.items():
-                    tensors[f"optimizer.{i}.{index}.{name}"] = whole(tensor)
+                    tensors[f"optimizer.{i}.{index}.{name}"] = tensor
+        tensors = gathered(tensors)
         if is_main_process():
             self.write(tensors)
         self.changed, self.saved_epochs = False, max(1, len(self.metrics.rows))
@@ -228,16 +230,23 @@ class Progress:
     def restore(self) -> None:
         """Go on from the newest state that is as it was written. Raises: InputError."""
         states, loaded, damaged = self.states(), None, []
-        for state in states:
+        for state in states if is_main_process() else ():
             loaded = load_tensors(state, device=torch.device("cpu"))
             if loaded:
                 break
             damaged.append(state)
             say(f"note: {state} is damaged; looking for an older state")
-        if loaded is None:
+        # The main process chooses, and all take the same state: `chosen` counts from 1.
+        [chosen] = most_of_processes([len(damaged) + 1 if loaded else 0], self.device)
+        if not chosen:
             self.require_nothing_lost(states)
             return
-        for state in damaged if is_main_process() else ():  # it would count as one of the two
+        loaded = loaded or load_tensors(states[chosen - 1], device=torch.device("cpu"))
+        if loaded is None:
+            told = f"process {process_index()} cannot read it, but the first one"
+            raise RunError(f"{states[chosen - 1]}: {told} can; start the same command again")
+        wait_for_all()
+        for state in damaged:  # it would count as one of the two
             remove(state)
         tensors, facts = loaded
         if missing := self.weights().keys() - tensors.keys():
@@ -248,14 +257,9 @@ class Progress:
         for name, tensor in self.weights().items():
             tensor.copy_(part_like(tensors.pop(name), tensor))
         for i, schedule in enumerate(self.schedules):
-            restore_optimizer(schedule.optimizer, tensors, f"optimizer.{i}.")
-            schedule.load_state_dict(facts["schedules"][i])
-            for group, rate in zip(
-                schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True
-            ):
-                group["lr"] = rate
+            restore_schedule(schedule, facts["schedules"][i], tensors, f"optimizer.{i}.")
         self.carried = {
-            name.removeprefix("carried."): tensor
+            name.removeprefix("carried."): tensor.to(self.device)
             for name, tensor in tensors.items()
             if name.startswith("carried.")
         }
@@ -274,7 +278,8 @@ class Progress:
                 f"--ckpt_dir={folder}: its run cannot be gone on with: {why} {folder / RESUME}"
                 f"{' is damaged' if states else ''}; --resume=never moves it away and starts afresh"
             )
-        self.metrics.file.unlink(missing_ok=True)
+        if is_main_process():
+            self.metrics.file.unlink(missing_ok=True)
         say(f"nothing was saved yet of the run in {folder}: it starts from the beginning")
 
     def require_space(self) -> None:

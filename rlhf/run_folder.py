@@ -49,9 +49,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = then["arguments"].get(name), now["arguments"].get(name)
         if old != new:
             told.append(f"--{name} was {old}, is {new}")
-    processes = [run.get("processes", 1) for run in (then, now)]
-    if processes[0] != processes[1]:
-        told.append("the number of processes was {}, is {}".format(*processes))
+    alone = {"number of processes": 1, "stage of ZeRO": 0}
+    old, new = (run.get("processes", alone) for run in (then, now))
+    told += [f"the {x} was {old[x]}, is {new[x]}" for x in alone if old[x] != new[x]]
     for flag in sorted({*then["inputs"], *now["inputs"]}):
         old, new = then["inputs"].get(flag, {}), now["inputs"].get(flag, {})
         if old.get("content") != new.get("content"):
@@ -82,6 +82,7 @@ class RunFolder:
         data: dict[str, str],
         resume: str,
         keep: int = 0,
+        zero_stage: int = 0,
     ) -> None:
         self.path, self.stage, self.keep, self.resume = Path(path), stage, keep, resume
         check_run_folder(self.path, inputs)
@@ -100,7 +101,7 @@ class RunFolder:
                 flag: {"path": named_checkpoint(read), "content": content.get(flag, data)}
                 for flag, read in inputs.items()
             },
-            "processes": num_processes(),
+            "processes": {"number of processes": num_processes(), "stage of ZeRO": zero_stage},
         }
         self.facts = {
             "stage": stage,
@@ -116,7 +117,8 @@ class RunFolder:
             "git_commit": git_commit(),
         }
         self.lock: Lock | None = None
-        require_unlocked(self.path, flag="--ckpt_dir")
+        if is_main_process():
+            require_unlocked(self.path, flag="--ckpt_dir")
         self.standing = self.find_standing()
 
     def find_standing(self) -> str:
@@ -130,7 +132,10 @@ class RunFolder:
             raise InputError(f"--resume=must: {self.path} {why}: there is nothing to go on with")
         if not record:
             return "new"
-        changed = differences(record["made_from"], self.made_from)
+        then = record["made_from"]
+        if finished:  # by however many processes
+            then = {**then, "processes": self.made_from["processes"]}
+        changed = differences(then, self.made_from)
         if finished:
             is_there = (self.path / "best" / RUN_FILE).is_file()
             return "finished" if is_there and not changed else "new"
@@ -212,6 +217,7 @@ class RunFolder:
 
     def finished_line(self) -> str:
         """Say that there is nothing to do, and do what a crash at the very end left undone."""
+        wait_for_all()  # before something is locked, or goes, that others look at
         if is_main_process() and any((self.path / RESUME).glob(STATES)):
             with Lock(self.path, flag="--ckpt_dir"):
                 self.close()
@@ -254,7 +260,8 @@ class RunFolder:
         """Go on from the best checkpoint of the epochs that are finished, if it still is there."""
         if name is not None and lowest is not None and (self.path / name).is_dir():
             self.lowest = lowest
-            link(self.path / "best", name)
+            if is_main_process():
+                link(self.path / "best", name)
 
     def remove_older(self, needed: set[str | None]) -> None:
         """Keep the newest `keep` checkpoints (0: all), those that are needed, one of each epoch."""

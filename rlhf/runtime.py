@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -20,6 +21,7 @@ from rlhf.arguments import TRACKERS
 from rlhf.errors import InputError
 from rlhf.processes import is_main_process, num_processes
 
+SECONDS_OF_SILENCE = 20.0  # before it is said that processes are waited for
 PATIENCE = timedelta(hours=1)  # with which processes wait for one that tokenises or writes
 
 
@@ -63,11 +65,16 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     if num_processes() > 1:
         notice = f"{num_processes()} processes; {notice or 'each has a GPU of its own'}"
         notice += f"; FSDP2 cuts the model up as ZeRO-{zero_stage} does" if zero_stage else ""
-    elif any(name.startswith("ACCELERATE_") for name in os.environ):
-        notice = f"{notice}\nnote: accelerate launch has started one process".strip()
+    elif is_set("ACCELERATE_USE_CPU"):
+        notice += "\nnote: accelerate launch starts one process on a CPU; take torchrun for several"
+    elif is_set("ACCELERATE_USE_FSDP"):
+        notice = f"{notice}\nnote: one process was started: FSDP has nothing to cut up".strip()
     precision = dtype
     if dtype == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told not in {"no", {"bfloat16": "bf16"}.get(precision)}:
+        notice += f"\nnote: accelerate's mixed_precision={told} does not count: --dtype does"
     # What autocast leaves in float32, above all the vocabulary's logits, keeps float32 storage and
     # sums. In a bfloat16 run its products may take short cuts, on CUDA that of TF32.
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
@@ -102,7 +109,11 @@ def choose_device(gpu_id: int) -> torch.device:
             f"--nproc_per_node={local}: this machine has {torch.cuda.device_count()} GPUs; start"
             " one process for each"
         )
+    meeting = threading.Timer(SECONDS_OF_SILENCE, say_who_is_waited_for)
+    meeting.daemon = True
+    meeting.start()
     state = accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    meeting.cancel()
     atexit.register(state.destroy_process_group)
     if state.num_processes != launched_processes():
         raise InputError(
@@ -112,14 +123,22 @@ def choose_device(gpu_id: int) -> torch.device:
     return state.device
 
 
+def say_who_is_waited_for() -> None:
+    """Tell on stderr that not all processes have come."""
+    address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    missing = f"waiting for all of {launched_processes()} processes to meet at {address}"
+    sys.stderr.write(f"process {os.environ['RANK']}: {missing}\n")
+
+
 def launched_processes() -> int:
     """Count the processes that a launcher says it has started. Raises: InputError."""
     told = os.environ.get("WORLD_SIZE") or "1"
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if not told.isdigit() or (told != "1" and missing):
+        lacking = f", but not {', '.join(missing)}" if missing else ""
         raise InputError(
-            f"WORLD_SIZE={told}: is not what a launcher sets{' with ' if missing else ''}"
-            f"{', '.join(missing)}; unset it, or start with torchrun or accelerate launch"
+            f"WORLD_SIZE={told} is set{lacking}: unset it, or start with torchrun or accelerate"
+            " launch, which set them all"
         )
     return int(told)
 
@@ -135,8 +154,15 @@ def launched_zero_stage() -> int:
             "accelerate launch was configured for DeepSpeed, or for the first version of FSDP;"
             " configs/zero2.yaml and configs/fsdp2.yaml do the same by FSDP2"
         )
+    if asked and (is_set("FSDP_OFFLOAD_PARAMS") or is_set("FSDP_ACTIVATION_CHECKPOINTING")):
+        raise InputError(
+            "accelerate launch was told to offload weights or to checkpoint activations: leave both"
+            " out of its configuration; --gradient_checkpointing does the second"
+        )
     if num_processes() == 1 or not asked:
         return 0
+    # Else transformers would load nothing in all processes but the first.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return 3 if is_set("FSDP_RESHARD_AFTER_FORWARD") else 2
 
 

@@ -7,13 +7,12 @@ runs the model does so by `run_whole`, and all processes do so equally often, by
 Source: ZeRO, 1910.02054.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,7 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.errors import InputError
 from rlhf.heads import gives_logits
-from rlhf.processes import most_of_processes, num_processes
+from rlhf.processes import is_main_process, most_of_processes, num_processes, take_from_main
+
+Row = TypeVar("Row")
 
 
 def shard(model: PreTrainedModel, *, zero_stage: int) -> None:
@@ -38,6 +39,7 @@ def shard(model: PreTrainedModel, *, zero_stage: int) -> None:
             f"{type(model).__name__} cannot be cut up between processes, since it gives its logits"
             " itself; start by configs/multi_gpu.yaml"
         )
+    take_from_main(model.state_dict().values())
     mesh = init_device_mesh(model.device.type, (num_processes(),))
     for layer in list(model.modules()):
         if isinstance(layer, GradientCheckpointingLayer):
@@ -61,19 +63,21 @@ def run_whole(model: PreTrainedModel, work: Callable[..., Tensor], *inputs: Any)
     return run(partial(work, model, *inputs))
 
 
-def in_step(model: nn.Module, parts: Sequence[slice]) -> Iterator[tuple[slice, int]]:
-    """Yield parts with weight 1; of a sharded model, as many as any process has.
+def in_step(
+    model: nn.Module, rows: Sequence[Row], parts: Sequence[slice], *, spare: Row
+) -> Iterator[tuple[Sequence[Row], int]]:
+    """Yield the parts of some rows, with weight 1; of a sharded model, as many as any process has.
 
-    What fills up is the first row once more, with weight 0.
+    What fills up is a spare row, with weight 0.
 
-    >>> list(in_step(nn.Linear(1, 1), [slice(0, 2)]))
-    [(slice(0, 2, None), 1)]
+    >>> list(in_step(nn.Linear(1, 1), "abc", [slice(0, 2), slice(2, 3)], spare="a"))
+    [('ab', 1), ('c', 1)]
     """
     most = len(parts)
     if is_sharded(model):  # asked before any forward, in which processes wait for each other too
         [most] = most_of_processes([most], next(model.parameters()).device)
-    yield from ((part, 1) for part in parts)
-    yield from ((slice(0, 1), 0) for _ in range(most - len(parts)))
+    yield from ((rows[part], 1) for part in parts)
+    yield from (([spare], 0) for _ in range(most - len(parts)))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -81,21 +85,32 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Put all weights of a sharded model together, in the main process's ordinary memory.
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put tensors together one by one; those that were cut up, in the main one's ordinary memory.
 
-    None if the model is whole in every process.
+    All processes have to take part. The others keep nothing.
     """
+    found = {}
+    for name, tensor in tensors.items():
+        together = whole(tensor)
+        if is_main_process():
+            found[name] = together if together is tensor else together.cpu()
+    return found
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Gather all weights of a sharded model; None if it is whole in every process."""
     if not is_sharded(model):
         return None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    twice = dict(model.named_parameters(remove_duplicate=False)).keys()
+    buffers = {name: x for name, x in model.state_dict().items() if name not in twice}
+    return gathered({**dict(model.named_parameters()), **buffers})
 
 
-def part_like(whole: Tensor, like: Tensor) -> Tensor:
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Cut a tensor up as another is; every process has all of it."""
+    tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
-        return whole.to(like.device)
+        return tensor
     options: Any = {"src_data_rank": None}  # no need to send what all have
-    whole = whole.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, **options)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, **options)

@@ -95,7 +95,9 @@ def prepare_tokenizer(
     except InputError as error:
         if chat_template in ("auto", "tags"):
             raise
-        raise InputError(f"--chat_template={chat_template}: {error}") from error
+        cause = str(error).removesuffix(f"; {REMEDY}")
+        remedy = "mend the file, or give auto or tags"
+        raise InputError(f"--chat_template={chat_template}: {cause}; {remedy}") from error
     return tokenizer
 
 
@@ -278,7 +280,7 @@ def form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
     stop = special.search(after)
     if stop is None:
         raise InputError(
-            f"{tokenizer.name_or_path}: its chat template ends a response with no special token;"
+            f"{tokenizer.name_or_path}: the chat template ends a response with no special token;"
             f" {REMEDY}"
         )
     opening = before.removeprefix(prompt) if before.startswith(prompt) else ""

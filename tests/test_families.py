@@ -200,7 +200,7 @@ def check_reward(path):
     model = load_reward_model(str(path), flag="--x", device=CPU, pad_id=pad_id)
     samples = encode_samples(tokenizer, ["Name the cat"] * 2, answers, max_len=96, min_len=1)
     ours = reward_logits(model, build_batch(samples, pad_id), pad_id=pad_id)
-    # Before 5.23 transformers forgot Gemma 2's attention cap where nobody asked for eager attention.
+    # Before 5.23, transformers forgot Gemma 2's attention cap unless eager attention was asked for.
     eager = {"attn_implementation": "eager"}
     plain = AutoModelForSequenceClassification.from_pretrained(path, **eager)
     assert plain.config.pad_token_id == pad_id

@@ -138,6 +138,49 @@ def test_dropout_goes_on_where_it_was(start, undisturbed, tmp_path, monkeypatch)
     assert content(tmp_path) != content(undisturbed("sft"))
 
 
+def test_noise_is_told_by_seed_step_and_process(start, tmp_path, monkeypatch):
+    """Each step and each process drops other units, and the same ones whenever it is repeated."""
+
+    def seeds(name, process, *options):
+        seen = []
+        monkeypatch.setattr("rlhf.resume.process_index", lambda: process)
+        add_gradient = run_sft.add_gradient
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                run_sft,
+                "add_gradient",
+                lambda *args: (seen.append(torch.initial_seed()), add_gradient(*args))[1],
+            )
+            start("sft", tmp_path / name, "--max_steps=4", *options)
+        return seen
+
+    first = seeds("first", 0)
+    assert len(set(first)) == 4
+    assert seeds("again", 0) == first
+    assert not set(seeds("second", 1)) & set(first)
+    assert not set(seeds("other", 0, "--seed=7")) & set(first)
+
+
+def test_a_signal_while_processes_agree_counts_after_the_next_step(
+    start, tmp_path, monkeypatch, capsys
+):
+    """It comes when what this process says is said already: with two, the other must hear it."""
+    heard = []
+
+    def agree(numbers, device):
+        heard.append(numbers)
+        if len(heard) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return list(map(int, numbers))
+
+    monkeypatch.setattr("rlhf.resume.num_processes", lambda: 2)
+    monkeypatch.setattr("rlhf.resume.most_of_processes", agree)
+    with pytest.raises(Stopped):
+        start("sft", tmp_path)
+    assert [numbers[0] for numbers in heard[-3:]] == [0, 0, signal.SIGTERM]
+    assert len(heard) == 6
+
+
 # What else may be in the folder
 
 

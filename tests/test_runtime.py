@@ -157,7 +157,7 @@ def test_accelerate_tells_how_models_are_cut_up(monkeypatch, again, stage):
 def test_one_process_of_accelerate_launch_is_said(without_cuda, monkeypatch):
     """`accelerate launch --cpu --num_processes 2` starts one, without a word of its own."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert "note: accelerate launch has started one process" in start().notice
+    assert "note: accelerate launch starts one process on a CPU; take torchrun" in start().notice
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
