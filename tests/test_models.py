@@ -191,7 +191,7 @@ def test_tokenizer_that_does_not_fit_is_refused(base_path, tokenizer, base_token
     with pytest.raises(InputError, match="do not belong together"):
         load_tokenizer(str(tmp_path), flag="--x", kind=LANGUAGE_MODEL, max_len=8)
     require_same_tokenizer(tokenizer, tokenizer, flag="--x")
-    with pytest.raises(InputError, match="tokenizer differs"):
+    with pytest.raises(InputError, match="tokenizer, chat template or pad token differs"):
         require_same_tokenizer(tokenizer, base_tokenizer, flag="--x")
 
 

@@ -613,5 +613,5 @@ def test_reward_model_of_another_tokenizer_is_refused(lineage, data_dir, tmp_pat
     (other / "tokenizer.json").write_text(text.replace('"Ġ', '"Ä'))
     (other / "SHA256SUMS").unlink()
     (other / "run.json").unlink()  # as of a model from elsewhere
-    with pytest.raises(InputError, match="tokenizer differs"):
+    with pytest.raises(InputError, match="tokenizer, chat template or pad token differs"):
         run("ppo", lineage, data_dir, f"--rm_model_path={other}", ckpt_dir=tmp_path / "out")

@@ -285,7 +285,7 @@ def test_other_templates_pads_and_endings_are_other_tokenizers():
     others = [qwen_tokenizer(THINKING), qwen_tokenizer(), qwen_tokenizer()]
     others[1].pad_token, others[2].eos_token = "<|im_end|>", EOS
     for other in others[:2]:
-        with pytest.raises(InputError, match="tokenizer differs"):
+        with pytest.raises(InputError, match="tokenizer, chat template or pad token differs"):
             require_same_tokenizer(qwen_tokenizer(), other, flag="--x")
 
 
