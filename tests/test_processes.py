@@ -273,7 +273,7 @@ def test_shares_are_checked_before_anything_is_read(monkeypatch, script, tmp_pat
             {"WORLD_SIZE": "2"},
             r"WORLD_SIZE=2 is set, but not RANK, MASTER_ADDR, MASTER_PORT: unset it",
         ),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is set: unset it"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is set, but not RANK"),
         (
             {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here"},
             "WORLD_SIZE=2 is set, but not MASTER_PORT",
