@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import gc
 import os
 import sys
 import threading
@@ -114,7 +115,9 @@ def choose_device(gpu_id: int) -> torch.device:
     meeting.start()
     state = accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     meeting.cancel()
+    # Last called first: what has used the processes goes before the threads that connect them.
     atexit.register(state.destroy_process_group)
+    atexit.register(gc.collect)
     if state.num_processes != launched_processes():
         raise InputError(
             f"WORLD_SIZE={launched_processes()}: {state.num_processes} processes have met; start"
