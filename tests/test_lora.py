@@ -283,6 +283,7 @@ def test_the_reference_is_the_policy_without_its_adapter_bit_for_bit(tokenizer):
     assert (numbers.kl.abs() > 0.1).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
 def test_gradient_checkpointing_changes_no_gradient_of_an_adapter(
     stage, lineage, base_path, data_dir, tmp_path, monkeypatch
@@ -307,7 +308,8 @@ def test_gradient_checkpointing_changes_no_gradient_of_an_adapter(
     assert (checkpointed - plain).norm() <= 1e-6 * plain.norm()
 
 
-MOMENTS = [("sft", 3), ("rm", 2), ("dpo", 2), ("ppo", 3)]
+MOMENTS = [pytest.param(*x, marks=pytest.mark.slow) for x in (("sft", 3), ("rm", 2), ("dpo", 2))]
+MOMENTS += [pytest.param("ppo", 3)]
 
 
 @pytest.mark.parametrize(("stage", "call"), MOMENTS)
@@ -362,6 +364,7 @@ def test_compiling_changes_no_adapter(lineage, data_dir, tmp_path):
     compare(compiled, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--critic=shared"], ["--dtype=bfloat16"], ["--dtype=bfloat16", "--share_trunk"]]
 )
