@@ -28,7 +28,14 @@ from rlhf.checkpoints import save_checkpoint, weights_fingerprint
 from rlhf.disk import flaw_of
 from rlhf.errors import InputError
 from rlhf.experience import token_numbers
-from rlhf.lora import active, adapter_weights, add_adapter, merged_weights, trained_share
+from rlhf.lora import (
+    active,
+    adapter_weights,
+    add_adapter,
+    lora_layers,
+    merged_weights,
+    trained_share,
+)
 from rlhf.models import (
     Critic,
     hidden_states,
@@ -105,7 +112,8 @@ def test_a_new_adapter_changes_nothing_and_without_it_the_model_is_the_old_one(t
 def test_gpt2_holds_its_weights_the_other_way_round(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of peft, which would set it right for us
-        policy_with_adapter(tokenizer)
+        layers = lora_layers(policy_with_adapter(tokenizer)).values()
+    assert layers and all(layer.fan_in_fan_out for layer in layers)
 
 
 def test_adapter_is_drawn_from_the_global_seed(tokenizer):

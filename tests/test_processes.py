@@ -21,6 +21,7 @@ from rlhf.disk import flaw_of
 from rlhf.errors import InputError, exit_in_one_line
 from rlhf.processes import join_rows, num_processes, share_of, sum_over_processes
 from rlhf.runtime import launched_processes, require_equal_shares
+from rlhf.sharding import gathered
 from tests.faults.world import content
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +246,14 @@ def test_rows_are_dealt_and_come_back_to_their_places(second_of_three):
     assert share_of(list("abcdefgh")) == ["b", "e", "h"]
     assert join_rows(torch.tensor([1, 2]), 6).tolist() == [0, 1, 0, 0, 2, 0]
     assert join_rows(torch.tensor([[7.0, 8.0]]), 1).tolist() == [[0.0, 0.0]]  # it has got none
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_what_is_gathered_stays_in_the_main_process_alone(monkeypatch, is_main):
+    """A state is three times the weights: no other process has room for it."""
+    monkeypatch.setattr("rlhf.sharding.is_main_process", lambda: is_main)
+    tensors = {"weight": torch.ones(2)}
+    assert gathered(tensors) == (tensors if is_main else {})
 
 
 @pytest.mark.parametrize(("size", "fits"), [(0, True), (3, True), (6, True), (4, False)])

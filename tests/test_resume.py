@@ -181,6 +181,16 @@ def test_a_signal_while_processes_agree_counts_after_the_next_step(
     assert len(heard) == 6
 
 
+def test_a_state_that_one_process_alone_cannot_read_stops_it(start, tmp_path, monkeypatch):
+    """It would go on with an older one, while the others take what the first has chosen."""
+    stop("sft", start, tmp_path, "optimizer_step", 3)
+    monkeypatch.setattr("rlhf.resume.is_main_process", lambda: False)
+    monkeypatch.setattr("rlhf.resume.most_of_processes", lambda numbers, device: [1])
+    monkeypatch.setattr("rlhf.resume.load_tensors", lambda *_, **__: None)
+    with pytest.raises(RunError, match="cannot read it, but the first one can"):
+        start("sft", tmp_path)
+
+
 # What else may be in the folder
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.checkpoints import content_of, model_name, weights_fingerprint
-from rlhf.disk import link
+from rlhf.disk import Lock, link
 from rlhf.earlier import EARLIER, move_to_earlier
 from rlhf.errors import InputError, RunError
 from rlhf.run_folder import RunFolder
@@ -242,3 +242,20 @@ def test_earlier_runs_are_counted_on_from_the_highest_number(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     move_to_earlier(tmp_path)
     assert names(tmp_path / EARLIER) == ["3", "4", "notes"]
+
+
+def test_of_several_processes_the_main_one_alone_locks_links_and_writes(
+    gpt2, tokenizer, tmp_path, monkeypatch
+):
+    save_losses(open_run(tmp_path), gpt2, tokenizer, [2.5])
+    best = os.readlink(tmp_path / "best")
+    (tmp_path / "best").unlink()
+    with Lock(tmp_path, flag="--ckpt_dir"):  # as the main process may, while another one starts
+        with pytest.raises(InputError, match="is in use by"):
+            build_run(tmp_path, "never")
+        monkeypatch.setattr("rlhf.run_folder.is_main_process", lambda: False)
+        folder = build_run(tmp_path, "never")
+    before = names(tmp_path)
+    folder.restore_best(best, 2.5)
+    save_losses(folder, gpt2, tokenizer, [1.5])
+    assert names(tmp_path) == before == [best]
