@@ -8,6 +8,7 @@
     token_cache  ids of texts that were tokenised before
     templates    how a conversation is written: tags, or a tokenizer's own chat template
     tokens       a record to prompt_ids and response_ids
+    rankings     scored responses to one prompt, and their pairs
     batches      ids to padded tensors, in a seeded, length-grouped order
     heads        whether logits are a linear layer's, or more
     models       policy, reference, reward model and critic
