@@ -14,13 +14,13 @@ import math
 import random
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.actors import Actors, load_models
 from rlhf.advantages import gae, token_rewards
 from rlhf.arguments import (
     Parser,
@@ -43,12 +43,9 @@ from rlhf.batches import Batch, PlannedBatch, Room, micro_batches_by_length, pla
 from rlhf.checkpoints import read_run
 from rlhf.errors import InputError, run_script
 from rlhf.experience import (
-    Actors,
     Experience,
-    Prompts,
     check_ratio_is_one,
     decode_responses,
-    explained_variance,
     join_processes,
     policy_forward,
     roll_out,
@@ -56,27 +53,25 @@ from rlhf.experience import (
     token_numbers,
 )
 from rlhf.generation import decoder_name
-from rlhf.heads import head_width, require_states
-from rlhf.lora import ADAPTER_FOLDER, add_adapter, load_adapter, trained_share
+from rlhf.lora import trained_share
 from rlhf.losses import ppo_policy_loss, value_loss
-from rlhf.masked import masked_mean, masked_sum, masked_whiten
+from rlhf.masked import masked_sum, masked_whiten
 from rlhf.memory import fit
 from rlhf.metrics import Metrics, say, show_samples
 from rlhf.models import (
     LANGUAGE_MODEL,
     REWARD_MODEL,
     Critic,
-    load_policy,
     load_reward_model,
     load_tokenizer,
     model_stop_ids,
-    prepare_training,
     require_same_tokenizer,
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
 from rlhf.processes import join_rows, main_first, share_of, sum_over_processes
-from rlhf.records import PROMPT, changed_since_written, fingerprint, prompt_text, read_split
+from rlhf.prompts import Prompts, load_prompts
+from rlhf.records import changed_since_written, fingerprint
 from rlhf.responses import Rollout
 from rlhf.resume import Progress
 from rlhf.rewards import (
@@ -90,12 +85,9 @@ from rlhf.rewards import (
 from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.sampling import Sampling
-from rlhf.tokens import count_dropped, early_end_ids, encode_prompts, has_room
+from rlhf.tokens import early_end_ids
 from rlhf.trunk import (
-    CRITIC,
-    AdapterView,
     SharedRewardModel,
-    recompute_as_run,
     require_shareable,
 )
 
@@ -180,23 +172,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return check_lora_arguments(parser, args)
 
 
-def load_prompts(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, side: str, max_samples: int
-) -> Prompts:
-    records = read_split(args.data_dir, side, PROMPT, max_samples)
-    prompts = [record["prompt"] for record in records]
-    fitting = [
-        (ids, prompt_text(prompt))
-        for ids, prompt in zip(
-            encode_prompts(tokenizer, prompts, args.data_dir), prompts, strict=True
-        )
-        if has_room(ids, max_len=args.max_len, min_len=args.min_gen_len)
-    ]
-    room = {"max_len": args.max_len, "min_len": args.min_gen_len}
-    say(count_dropped(len(fitting), len(records), side=side, **room))
-    return Prompts([ids for ids, _ in fitting], [text for _, text in fitting])
-
-
 def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> RewardFacts:
     """Check that the reward model fits, before any weights are read."""
     flag, path = "--rm_model_path", args.rm_model_path
@@ -207,78 +182,13 @@ def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerB
     return read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
 
 
-def load_reward(args: argparse.Namespace, device: torch.device, pad_id: int) -> PreTrainedModel:
-    path = args.rm_model_path
-    return load_reward_model(path, flag="--rm_model_path", device=device, pad_id=pad_id)
-
-
 def build_sampling(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel
 ) -> Sampling:
+    flags = {name: value for name, value in vars(args).items() if name in Sampling._fields}
     stops = model_stop_ids(policy, tokenizer)
-    return Sampling(
-        do_sampling=args.do_sampling,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_gen_len=args.min_gen_len,
-        max_new_tokens=args.max_new_tokens,
-        max_len=args.max_len,
-        pad_id=tokenizer.pad_token_id,
-        stop_ids=stops,
-        early_end_ids=early_end_ids(tokenizer, stops),
-    )
-
-
-def load_actors(
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerBase,
-    runtime: Runtime,
-    mean_reward: float,
-) -> Actors:
-    """Load policy and reference, and a critic: on the reward model's trunk if there is one.
-
-    Every dropout is at 0: PPO compares numbers of forwards that must be the same function. With an
-    adapter on the policy, the reference is the policy without it.
-    """
-    load = partial(load_policy, args.sft_model_path, flag="--sft_model_path", device=runtime.device)
-    prepare = partial(
-        prepare_training,
-        gradient_checkpointing=args.gradient_checkpointing,
-        compile=args.compile,
-    )
-    policy = with_adapter(args, load())
-    ref_policy = None if args.use_peft else load().requires_grad_(False)
-    trunk, width = None, head_width(policy)
-    if args.share_trunk:
-        trunk = critic_view(args, policy)
-    elif args.critic == "separate":
-        pad_id = tokenizer.pad_token_id
-        model = load() if args.reward_fn else load_reward(args, runtime.device, pad_id)
-        model = prepare(with_adapter(args, model))
-        trunk, width = model.base_model, head_width(model)
-    else:
-        require_states(policy, flag="--critic=shared")
-    prepare(policy)
-    if args.share_trunk:
-        recompute_as_run(policy)
-    critic = Critic(trunk, width, mean_reward).to(runtime.device).train()
-    if args.use_peft:
-        say(trained_share(policy, critic))
-    return Actors(policy, ref_policy, critic, build_sampling(args, tokenizer, policy), runtime)
-
-
-def with_adapter(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedModel:
-    return add_adapter(model, **lora_options(args)) if args.use_peft else model
-
-
-def critic_view(args: argparse.Namespace, policy: PreTrainedModel) -> AdapterView:
-    """Put the critic's adapter on the policy's trunk: at first a copy of the reward model's."""
-    if args.reward_fn:
-        add_adapter(policy, **lora_options(args), name=CRITIC)
-    else:
-        load_adapter(policy, Path(args.rm_model_path) / ADAPTER_FOLDER, name=CRITIC)
-    return AdapterView(policy, CRITIC)
+    early = early_end_ids(tokenizer, stops)
+    return Sampling(**flags, pad_id=tokenizer.pad_token_id, stop_ids=stops, early_end_ids=early)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -314,27 +224,42 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
     flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
+    rm_path, mean_reward = None, 0.0
     if args.reward_fn:
         score = score_by_function(args.reward_fn)
     else:
         reward_facts = check_reward_model(args, tokenizer)
+        rm_path, mean_reward = args.rm_model_path, reward_facts.reward_mean
+    limits = {"max_len": args.max_len, "min_len": args.min_gen_len}
+    read = partial(load_prompts, args.data_dir, tokenizer=tokenizer, **limits)
     with main_first():
-        prompts = load_prompts(args, tokenizer, "train", args.max_samples)
-        heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
+        prompts = read("train", args.max_samples)
+        heldout = read("eval", args.eval_samples)
     room = Room(args.micro_batch_size)
-    mean_reward = 0.0
-    if not args.reward_fn:
-        mean_reward = reward_facts.reward_mean
-    actors = load_actors(args, tokenizer, runtime, mean_reward)
-    policy, critic = actors.policy, actors.critic
-    if not args.reward_fn:
+    placed = {"device": runtime.device, "pad_id": tokenizer.pad_token_id}
+    policy, ref_policy, critic = load_models(
+        sft_path,
+        rm_path,
+        critic=args.critic,
+        mean_reward=mean_reward,
+        lora=lora_options(args) if args.use_peft else None,
+        share_trunk=args.share_trunk,
+        gradient_checkpointing=args.gradient_checkpointing,
+        compile=args.compile,
+        **placed,
+    )
+    if args.use_peft:
+        say(trained_share(policy, critic))
+    sampling = build_sampling(args, tokenizer, policy)
+    actors = Actors(policy, ref_policy, critic, sampling, runtime)
+    if rm_path:
+        flag = "--rm_model_path"
         if args.share_trunk:
-            flag, path = "--rm_model_path", args.rm_model_path
-            reward_model = SharedRewardModel(policy, path, flag=flag)
+            reward_model = SharedRewardModel(policy, rm_path, flag=flag)
         else:
-            reward_model = load_reward(args, runtime.device, tokenizer.pad_token_id)
+            reward_model = load_reward_model(rm_path, flag=flag, **placed)
         score = score_by_model(reward_model, reward_facts, runtime=runtime)
-    set_generation_defaults(policy, tokenizer, **actors.sampling.generation_config())
+    set_generation_defaults(policy, tokenizer, **sampling.generation_config())
 
     plan = plan_epochs(
         [len(ids) for ids in prompts.ids],
@@ -349,7 +274,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     if folder.standing == "new":
         untrained, room = fit(judge, room, runtime.device)
     say(decoder_name(policy))
-    say(warn_of_little_exploration(args))
+    say(sampling.warning())
     say(folder.start())
     metrics = Metrics(
         folder.path,
@@ -382,28 +307,18 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                 # 5 update: several passes of clipped gradient steps over the rollout
                 updates = update(args, actors, schedules, progress, experience, names=rows)
                 # 6 report
-                rollout, numbers, mask = experience.rollout, experience.numbers, experience.mask
-                guarded = (numbers.kl.abs() > args.max_kl_div).float()
-                report = {
-                    **rollout_metrics(experience.scores, experience.rewards, numbers, rollout),
-                    **updates,
-                    "guarded_kl": masked_mean(guarded, mask),
-                    "explained_variance": explained_variance(
-                        numbers.values, experience.returns, mask
-                    ),
-                    "lr": experience.learning_rate,
-                }
-                num_tokens = sum(len(prompts.ids[row]) for row in rows)
-                num_tokens += int(mask.sum())
+                seen = rollout_metrics(experience, max_kl_div=args.max_kl_div)
+                report = {**seen, **updates, "lr": experience.learning_rate}
+                num_tokens = int(experience.rollout.batch.mask.sum())
                 with progress.whole():
                     progress.carried = {}
                     is_logged = metrics.add(report, epoch=done, num_tokens=num_tokens)
                 if is_logged:
                     show_samples(
                         [prompts.texts[row] for row in rows],
-                        decode_responses(tokenizer, rollout),
+                        decode_responses(tokenizer, experience.rollout),
                         experience.scores.tolist(),
-                        numbers.kl.sum(dim=1).tolist(),  # (B,) nats
+                        experience.numbers.kl.sum(dim=1).tolist(),  # (B,) nats
                     )
             results = progress.fitting(judge)
             with progress.whole():
@@ -626,22 +541,6 @@ def evaluate(
         "eval_length": float(lengths.mean()),
         "eval_eos_rate": float(ended.mean()),
     }
-
-
-def warn_of_little_exploration(args: argparse.Namespace) -> str:
-    """Say what sampling settings do to PPO, where they do much."""
-    if not args.do_sampling:
-        return "note: --do_sampling=false: greedy responses explore nothing; PPO can learn little"
-    if args.top_k == 1:
-        return "note: --top_k=1 leaves nothing to choose: every ratio is 1, and PPO learns nothing"
-    if args.top_p < 1 and args.top_k == 0:
-        return "note: --top_p without --top_k may keep thousands of ids of a token in memory"
-    if args.temperature < 0.5:
-        return (
-            f"note: --temperature={args.temperature:g} explores little: the policy can hardly"
-            " find better responses than those it prefers already; 1.0 finds more"
-        )
-    return ""
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ from transformers import (
 )
 
 import run_ppo
+from rlhf.actors import Actors, load_models
 from rlhf.batches import PlannedBatch, Room
-from rlhf.experience import Prompts
+from rlhf.models import load_reward_model
+from rlhf.prompts import Prompts
 from rlhf.rewards import RewardFacts, score_by_model
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
@@ -155,14 +157,26 @@ def our_ppo(task: Task, sft_path: str, rm_path: str) -> Step:
     )
     room = Room(args.micro_batch_size)
     tokenizer, progress = tokenizer_of_words(task.config), NeverStopped(room)
-    actors = run_ppo.load_actors(args, tokenizer, task.runtime, 0.0)._replace(sampling=sampling)
+    policy, ref_policy, critic = load_models(
+        sft_path,
+        rm_path,
+        critic=args.critic,
+        mean_reward=0.0,
+        lora=None,
+        share_trunk=False,
+        gradient_checkpointing=False,
+        compile=False,
+        device=task.runtime.device,
+        pad_id=eos_id,
+    )
+    actors = Actors(policy, ref_policy, critic, sampling, task.runtime)
     score = score_by_model(
-        run_ppo.load_reward(args, task.runtime.device, eos_id),
+        load_reward_model(rm_path, flag="--x", device=task.runtime.device, pad_id=eos_id),
         RewardFacts("pairwise", args.max_reward, logit_mean=0.0, reward_mean=0.0),
         runtime=task.runtime,
     )
     plan = [[PlannedBatch(list(rows), 0.0)] * MANY]
-    schedules = run_ppo.build_schedules(args, actors.policy, actors.critic, plan)
+    schedules = run_ppo.build_schedules(args, policy, critic, plan)
     prompts = Prompts(task.prompts, [""] * len(rows))
 
     def iterate() -> float:
