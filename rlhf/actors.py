@@ -22,7 +22,7 @@ class Actors(NamedTuple):
 
     policy: PreTrainedModel
     ref_policy: PreTrainedModel | None  # None: the policy without its adapter
-    critic: Critic | None  # None while the policy is only judged
+    critic: Critic | None  # None where nobody is asked for values
     sampling: Sampling
     runtime: Runtime
 
@@ -40,7 +40,7 @@ def load_models(
     sft_path: str,
     rm_path: str | None,  # where the critic starts; None: as the SFT model
     *,
-    critic: str,  # "separate", or "shared": a head on the policy's states
+    critic: str,  # "separate", "shared" (a head on the policy's states) or "none"
     mean_reward: float,
     lora: Mapping[str, Any] | None,  # what `add_adapter` takes; None: all weights are trained
     share_trunk: bool,
@@ -48,8 +48,8 @@ def load_models(
     compile: bool,
     device: torch.device,
     pad_id: int,
-) -> tuple[PreTrainedModel, PreTrainedModel | None, Critic]:  # policy, reference, critic
-    """Load policy and reference, and a critic: on the reward model's trunk if there is one.
+) -> tuple[PreTrainedModel, PreTrainedModel | None, Critic | None]:  # policy, reference, critic
+    """Load policy and reference, and perhaps a critic: on the reward model's trunk if there is one.
 
     Every dropout is at 0: PPO compares numbers of forwards that must be the same function. With an
     adapter on the policy, the reference is the policy without it.
@@ -66,17 +66,19 @@ def load_models(
     ref_policy = None if lora else load().requires_grad_(False)
     trunk: Any = None
     width = head_width(policy)
-    if share_trunk and lora:
+    if critic == "shared":
+        require_states(policy, flag="--critic=shared")
+    elif critic == "separate" and share_trunk and lora:
         trunk = critic_view(policy, rm_path, lora=lora)
     elif critic == "separate":
         on_reward = partial(load_reward_model, flag="--rm_model_path", device=device, pad_id=pad_id)
         model = prepare(adapt(on_reward(rm_path) if rm_path else load()))
         trunk, width = model.base_model, head_width(model)
-    else:
-        require_states(policy, flag="--critic=shared")
     prepare(policy)
     if share_trunk:
         recompute_as_run(policy)
+    if critic == "none":
+        return policy, ref_policy, None
     return policy, ref_policy, Critic(trunk, width, mean_reward).to(device).train()
 
 

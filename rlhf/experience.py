@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +40,14 @@ class Numbers(NamedTuple):
         return self.logprobs - self.ref_logprobs
 
 
+class Penalty(nn.Module):
+    """The weight of the KL penalty, which is part of a run's state where it follows the KL."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+
+
 class Experience(NamedTuple):
     """A rollout and what an update learns from it; (B, R) each, where nothing else is said."""
 
@@ -48,7 +56,7 @@ class Experience(NamedTuple):
     scores: Tensor  # (B,)
     rewards: Tensor
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None  # None without a critic
     learning_rate: Tensor  # ()  of the first optimiser step
 
     @property
@@ -233,13 +241,13 @@ def rollout_metrics(experience: Experience, *, max_kl_div: float) -> dict[str, T
 
     `objective/*` are sums over a response, averaged over responses.
     """
-    rollout, numbers, scores, rewards = experience[:4]
+    rollout, numbers, scores, rewards, _, returns, _ = experience
     mask, ended = rollout.batch.response_mask, rollout.ended
     kl = sequence_logprobs(numbers.kl, mask)  # (B,)
     # k3 estimates the same KL, as long as no token is cut off, and is never negative; but as a
     # reward it would have another optimum.
     k3 = sequence_logprobs(torch.expm1(-numbers.kl) + numbers.kl, mask)  # (B,)
-    return {
+    seen = {
         "objective/kl": kl.mean(),
         "objective/kl_k3": k3.mean(),
         "objective/entropy": -sequence_logprobs(numbers.logprobs, mask).mean(),
@@ -249,11 +257,13 @@ def rollout_metrics(experience: Experience, *, max_kl_div: float) -> dict[str, T
         "policy/entropy_avg": masked_mean(numbers.entropy, mask),
         "kept_mass": masked_mean(numbers.kept_mass, mask),
         "guarded_kl": masked_mean((numbers.kl.abs() > max_kl_div).float(), mask),
-        "explained_variance": explained_variance(numbers.values, experience.returns, mask),
         "val/num_eos_tokens": ended.sum(),
         "eos_rate": ended.float().mean(),
         "response_length": mask.sum(dim=1).float().mean(),
     }
+    if returns is not None:
+        seen["explained_variance"] = explained_variance(numbers.values, returns, mask)
+    return seen
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

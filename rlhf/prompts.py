@@ -1,5 +1,6 @@
 """PROMPTS: what the policy is to answer."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,11 @@ class Prompts(NamedTuple):
 
     ids: list[list[int]]
     texts: list[str]
+
+    def select(self, rows: Iterable[int]) -> "Prompts":
+        """Take some of them, some perhaps several times."""
+        taken = [(self.ids[row], self.texts[row]) for row in rows]
+        return Prompts([ids for ids, _ in taken], [text for _, text in taken])
 
 
 def load_prompts(
