@@ -186,7 +186,7 @@ def test_best_of_n_agrees_with_sampling():
     assert abs(float(best.mean()) - exact) < 4 * float(best.std()) / 40_000**0.5
 
 
-@pytest.mark.parametrize("n", [2, 6, 1000])
+@pytest.mark.parametrize("n", [2, 6, 100])
 def test_best_of_n_costs_at_most_log_n_less_its_share(n):
     """The bound is reached where no two rewards are equal and no response is likely."""
     bound = math.log(n) - (n - 1) / n
