@@ -19,6 +19,7 @@
     responses    what is being written, and the rollout that it becomes
     generation   prompts to responses, in a batch of slots
     experience   a rollout as policy, reference and critic see it, token by token
+    comparisons  better and worse responses, and their logprobs under policy and reference
     rewards      a reward model's logit, or a Python function, to a score
     masked       means over real tokens
     advantages   scores and KL to rewards, rewards and values to advantages
