@@ -90,11 +90,7 @@ class Shares(NamedTuple):
 
 
 def shares(num_prompts: int, per_prompt: int) -> Shares:
-    """Deal `per_prompt` samples for each of `num_prompts` prompts, a multiple of ROLLOUT.
-
-    >>> shares(1536, 6).ppo
-    {'max_samples': 1536, 'batch_size': 256, 'num_outer_epoch': 6}
-    """
+    """Deal `per_prompt` samples for each of `num_prompts` prompts, a multiple of ROLLOUT."""
     total, prompts = num_prompts * per_prompt, {"max_samples": num_prompts}
     return Shares(
         num_samples=total,

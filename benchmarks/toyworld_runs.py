@@ -174,11 +174,7 @@ def write_results(path: Path, args: Namespace, records: list[Record]) -> None:
 
 
 def mean_and_interval(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
-    """Write a mean over seeds with its 95% interval.
-
-    >>> mean_and_interval([1.0, 2.0, 3.0])  # 4.303 * 1 / sqrt(3)
-    '2.00 ± 2.48'
-    """
+    """Write a mean over seeds with its 95% interval."""
     mean = scale * statistics.mean(values)
     if len(values) not in T_95:
         return f"{mean:.{digits}f}"
