@@ -14,14 +14,14 @@ import math
 import random
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.advantages import gae, token_rewards
+from rlhf.actors import Actors, load_models
+from rlhf.advantages import adaptive_beta, dr_grpo, gae, grpo, rloo, token_rewards
 from rlhf.arguments import (
     Parser,
     add_boolean,
@@ -43,12 +43,10 @@ from rlhf.batches import Batch, PlannedBatch, Room, micro_batches_by_length, pla
 from rlhf.checkpoints import read_run
 from rlhf.errors import InputError, run_script
 from rlhf.experience import (
-    Actors,
     Experience,
-    Prompts,
+    Penalty,
     check_ratio_is_one,
     decode_responses,
-    explained_variance,
     join_processes,
     policy_forward,
     roll_out,
@@ -56,27 +54,25 @@ from rlhf.experience import (
     token_numbers,
 )
 from rlhf.generation import decoder_name
-from rlhf.heads import head_width, require_states
-from rlhf.lora import ADAPTER_FOLDER, add_adapter, load_adapter, trained_share
+from rlhf.lora import trained_share
 from rlhf.losses import ppo_policy_loss, value_loss
-from rlhf.masked import masked_mean, masked_sum, masked_whiten
+from rlhf.masked import masked_sum, masked_whiten
 from rlhf.memory import fit
 from rlhf.metrics import Metrics, say, show_samples
 from rlhf.models import (
     LANGUAGE_MODEL,
     REWARD_MODEL,
     Critic,
-    load_policy,
     load_reward_model,
     load_tokenizer,
     model_stop_ids,
-    prepare_training,
     require_same_tokenizer,
     set_generation_defaults,
 )
-from rlhf.optim import build_schedule, optimizer_step
+from rlhf.optim import build_schedule, optimizer_step, skip_steps
 from rlhf.processes import join_rows, main_first, share_of, sum_over_processes
-from rlhf.records import PROMPT, changed_since_written, fingerprint, prompt_text, read_split
+from rlhf.prompts import Prompts, load_prompts
+from rlhf.records import changed_since_written, fingerprint
 from rlhf.responses import Rollout
 from rlhf.resume import Progress
 from rlhf.rewards import (
@@ -90,12 +86,9 @@ from rlhf.rewards import (
 from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.sampling import Sampling
-from rlhf.tokens import count_dropped, early_end_ids, encode_prompts, has_room
+from rlhf.tokens import early_end_ids
 from rlhf.trunk import (
-    CRITIC,
-    AdapterView,
     SharedRewardModel,
-    recompute_as_run,
     require_shareable,
 )
 
@@ -106,17 +99,13 @@ CONSOLE = [
     "response_length",
     "eos_rate",
     "policy/clipfrac_avg",
-    "loss/value_avg",
 ]
-TERMS = (  # of a response token in an update
-    "loss/policy_avg",
-    "loss/value_avg",
-    "policy/approxkl_avg",
-    "policy/clipfrac_avg",
-    "val/ratio",
-    "val/clipfrac_avg",
-)
-UPDATE_METRICS = (*TERMS, "grad_norm")
+# Of a response token in an update
+POLICY_TERMS = ["loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio"]
+VALUE_TERMS = ["loss/value_avg", "val/clipfrac_avg"]
+UPDATE_METRICS = [*POLICY_TERMS, *VALUE_TERMS, "grad_norm"]
+GROUP_ADVANTAGES = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}  # which need no critic
+OF_CRITIC = ("critic", "gamma", "gae_lambda", "value_clip", "value_loss_coeff")
 EVAL_BATCH = 64  # prompts that are judged together: memory only
 
 
@@ -142,12 +131,20 @@ def build_parser() -> Parser:
     names = ("--num_inner_epoch", "--num_inner_epochs")
     add(*names, type=positive_count, default=3, help="passes over each rollout")
     add("--batch_size", type=positive_count, default=16, help="prompts in a rollout")
+    add("--num_responses", type=positive_count, default=1, help="responses to each of its prompts")
+    names = ("gae", *GROUP_ADVANTAGES)
+    add("--advantage", choices=names, default="gae", help="by a critic, or without by comparison")
     add("--learning_rate", type=positive, default=1e-5, help="learning rate at the start")
     add("--beta", type=non_negative, default=0.2, help="weight of the KL penalty")
+    names = ("fixed", "adaptive")
+    add("--kl_controller", choices=names, default="fixed", help="adaptive: beta follows the KL")
+    add("--target_kl", type=positive, default=6.0, help="KL that it steers to, nats a response")
     add("--max_kl_div", type=positive, default=10.0, help="guard on the KL of a token, both signs")
     add("--gae_lambda", type=ratio, default=0.9, help="lambda of the advantage estimate")
     add("--gamma", type=ratio, default=1.0, help="discount of later rewards")
     add("--epsilon", type=inner_ratio, default=0.2, help="clip range of the probability ratio")
+    help = "KL from the rollout's policy, nats a token, that ends its updates (0 = off)"
+    add("--early_stop_kl", type=non_negative, default=0.0, help=help)
     add("--value_loss_coeff", type=non_negative, default=0.1, help="weight of the value loss")
     add("--minibatch_size", type=count, default=0, help="sequences in a step (0 = the rollout)")
     add("--max_new_tokens", type=count, default=0, help="cap on a response (0 = up to max_len)")
@@ -177,24 +174,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--share_trunk gives the critic an adapter: leave --critic=shared out")
     if args.share_trunk and args.compile:
         parser.error("--share_trunk and --compile: each adapter would be compiled anew; leave one")
+    check_advantage(parser, args)
+    if args.kl_controller == "adaptive" and args.beta == 0:
+        parser.error("--beta=0 with --kl_controller=adaptive: would stay 0; start above it")
+    if args.kl_controller == "fixed" and args.target_kl != parser.get_default("target_kl"):
+        told = f"--target_kl={args.target_kl:g} needs --kl_controller=adaptive"
+        parser.error(f"{told}: add it, or leave --target_kl out")
     return check_lora_arguments(parser, args)
 
 
-def load_prompts(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, side: str, max_samples: int
-) -> Prompts:
-    records = read_split(args.data_dir, side, PROMPT, max_samples)
-    prompts = [record["prompt"] for record in records]
-    fitting = [
-        (ids, prompt_text(prompt))
-        for ids, prompt in zip(
-            encode_prompts(tokenizer, prompts, args.data_dir), prompts, strict=True
-        )
-        if has_room(ids, max_len=args.max_len, min_len=args.min_gen_len)
-    ]
-    room = {"max_len": args.max_len, "min_len": args.min_gen_len}
-    say(count_dropped(len(fitting), len(records), side=side, **room))
-    return Prompts([ids for ids, _ in fitting], [text for _, text in fitting])
+def check_advantage(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse groups in which nothing can be compared, and a critic's arguments without one."""
+    several, told = args.num_responses > 1, f"--num_responses={args.num_responses}"
+    if several and not args.do_sampling:
+        parser.error(f"{told} with --do_sampling=false: all would be the same; leave one out")
+    if args.advantage == "gae":
+        return
+    if not several:
+        parser.error(f"--advantage={args.advantage} compares responses: {told} must be at least 2")
+    for name in OF_CRITIC:
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            told = f"--{name}={value} needs a critic, which --advantage={args.advantage} has not"
+            parser.error(f"{told}: leave --{name} out")
 
 
 def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> RewardFacts:
@@ -207,78 +209,13 @@ def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerB
     return read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
 
 
-def load_reward(args: argparse.Namespace, device: torch.device, pad_id: int) -> PreTrainedModel:
-    path = args.rm_model_path
-    return load_reward_model(path, flag="--rm_model_path", device=device, pad_id=pad_id)
-
-
 def build_sampling(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel
 ) -> Sampling:
+    flags = {name: value for name, value in vars(args).items() if name in Sampling._fields}
     stops = model_stop_ids(policy, tokenizer)
-    return Sampling(
-        do_sampling=args.do_sampling,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_gen_len=args.min_gen_len,
-        max_new_tokens=args.max_new_tokens,
-        max_len=args.max_len,
-        pad_id=tokenizer.pad_token_id,
-        stop_ids=stops,
-        early_end_ids=early_end_ids(tokenizer, stops),
-    )
-
-
-def load_actors(
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerBase,
-    runtime: Runtime,
-    mean_reward: float,
-) -> Actors:
-    """Load policy and reference, and a critic: on the reward model's trunk if there is one.
-
-    Every dropout is at 0: PPO compares numbers of forwards that must be the same function. With an
-    adapter on the policy, the reference is the policy without it.
-    """
-    load = partial(load_policy, args.sft_model_path, flag="--sft_model_path", device=runtime.device)
-    prepare = partial(
-        prepare_training,
-        gradient_checkpointing=args.gradient_checkpointing,
-        compile=args.compile,
-    )
-    policy = with_adapter(args, load())
-    ref_policy = None if args.use_peft else load().requires_grad_(False)
-    trunk, width = None, head_width(policy)
-    if args.share_trunk:
-        trunk = critic_view(args, policy)
-    elif args.critic == "separate":
-        pad_id = tokenizer.pad_token_id
-        model = load() if args.reward_fn else load_reward(args, runtime.device, pad_id)
-        model = prepare(with_adapter(args, model))
-        trunk, width = model.base_model, head_width(model)
-    else:
-        require_states(policy, flag="--critic=shared")
-    prepare(policy)
-    if args.share_trunk:
-        recompute_as_run(policy)
-    critic = Critic(trunk, width, mean_reward).to(runtime.device).train()
-    if args.use_peft:
-        say(trained_share(policy, critic))
-    return Actors(policy, ref_policy, critic, build_sampling(args, tokenizer, policy), runtime)
-
-
-def with_adapter(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedModel:
-    return add_adapter(model, **lora_options(args)) if args.use_peft else model
-
-
-def critic_view(args: argparse.Namespace, policy: PreTrainedModel) -> AdapterView:
-    """Put the critic's adapter on the policy's trunk: at first a copy of the reward model's."""
-    if args.reward_fn:
-        add_adapter(policy, **lora_options(args), name=CRITIC)
-    else:
-        load_adapter(policy, Path(args.rm_model_path) / ADAPTER_FOLDER, name=CRITIC)
-    return AdapterView(policy, CRITIC)
+    early = early_end_ids(tokenizer, stops)
+    return Sampling(**flags, pad_id=tokenizer.pad_token_id, stop_ids=stops, early_end_ids=early)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -288,7 +225,9 @@ def main(args: argparse.Namespace) -> None:
             "PPO's models are not cut up between processes, since its rollouts run them too often;"
             " start it by configs/multi_gpu.yaml, with --use_peft if memory is short"
         )
-    require_equal_shares(batch_size=args.batch_size, minibatch_size=args.minibatch_size)
+    size = "batch_size" if args.num_responses == 1 else "batch_size times --num_responses"
+    sizes = {size: args.batch_size * args.num_responses, "minibatch_size": args.minibatch_size}
+    require_equal_shares(**sizes)
     say(runtime.notice)
     say(changed_since_written(args.data_dir))
     inputs = {"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir}
@@ -314,27 +253,43 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
     flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
+    rm_path, mean_reward = None, 0.0
     if args.reward_fn:
         score = score_by_function(args.reward_fn)
     else:
         reward_facts = check_reward_model(args, tokenizer)
+        rm_path, mean_reward = args.rm_model_path, reward_facts.reward_mean
+    limits = {"max_len": args.max_len, "min_len": args.min_gen_len}
+    read = partial(load_prompts, args.data_dir, tokenizer=tokenizer, **limits)
     with main_first():
-        prompts = load_prompts(args, tokenizer, "train", args.max_samples)
-        heldout = load_prompts(args, tokenizer, "eval", args.eval_samples)
+        prompts = read("train", args.max_samples)
+        heldout = read("eval", args.eval_samples)
     room = Room(args.micro_batch_size)
-    mean_reward = 0.0
-    if not args.reward_fn:
-        mean_reward = reward_facts.reward_mean
-    actors = load_actors(args, tokenizer, runtime, mean_reward)
-    policy, critic = actors.policy, actors.critic
-    if not args.reward_fn:
+    placed = {"device": runtime.device, "pad_id": tokenizer.pad_token_id}
+    policy, ref_policy, critic = load_models(
+        sft_path,
+        rm_path,
+        critic=args.critic if args.advantage == "gae" else "none",
+        mean_reward=mean_reward,
+        lora=lora_options(args) if args.use_peft else None,
+        share_trunk=args.share_trunk,
+        gradient_checkpointing=args.gradient_checkpointing,
+        compile=args.compile,
+        **placed,
+    )
+    modules = {"policy": policy, "critic": critic} if critic else {"policy": policy}
+    if args.use_peft:
+        say(trained_share(*modules.values()))
+    sampling = build_sampling(args, tokenizer, policy)
+    actors = Actors(policy, ref_policy, critic, sampling, runtime)
+    if rm_path:
+        flag = "--rm_model_path"
         if args.share_trunk:
-            flag, path = "--rm_model_path", args.rm_model_path
-            reward_model = SharedRewardModel(policy, path, flag=flag)
+            reward_model = SharedRewardModel(policy, rm_path, flag=flag)
         else:
-            reward_model = load_reward(args, runtime.device, tokenizer.pad_token_id)
+            reward_model = load_reward_model(rm_path, flag=flag, **placed)
         score = score_by_model(reward_model, reward_facts, runtime=runtime)
-    set_generation_defaults(policy, tokenizer, **actors.sampling.generation_config())
+    set_generation_defaults(policy, tokenizer, **sampling.generation_config())
 
     plan = plan_epochs(
         [len(ids) for ids in prompts.ids],
@@ -349,20 +304,23 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     if folder.standing == "new":
         untrained, room = fit(judge, room, runtime.device)
     say(decoder_name(policy))
-    say(warn_of_little_exploration(args))
+    say(sampling.warning())
     say(folder.start())
     metrics = Metrics(
         folder.path,
         num_steps=sum(map(len, plan)),
         log_step=args.log_step,
         report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
-        console=CONSOLE,
+        console=[*CONSOLE, "loss/value_avg"] if critic else CONSOLE,
     )
     schedules = build_schedules(args, policy, critic, plan)
+    penalty = Penalty(args.beta).to(runtime.device)
+    if args.kl_controller == "adaptive":
+        modules["penalty"] = penalty
     with Progress(
         folder,
         plan,
-        modules={"policy": policy, "critic": critic},
+        modules=modules,
         schedules=schedules,
         metrics=metrics,
         room=room,
@@ -371,39 +329,36 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     ) as progress:
         if not metrics.rows:
             metrics.add_epoch(0, untrained or progress.fitting(judge))
-            if args.reward_fn:
+            if args.reward_fn and critic:
                 torch.nn.init.constant_(critic.head.bias, metrics.rows[0]["eval_scores"])
         for epoch, batches in progress.left():
             for rows, done in batches:
                 # 1 to 4: rollout, score, reward, advantage
                 experience = Experience.of(progress.carried) or gather(
-                    args, actors, tokenizer, prompts, score, schedules, progress, rows
+                    args, actors, tokenizer, prompts, score, progress, rows, penalty
                 )
                 # 5 update: several passes of clipped gradient steps over the rollout
-                updates = update(args, actors, schedules, progress, experience, names=rows)
+                asked = [row for row in rows for _ in range(args.num_responses)]  # (B,)
+                updates, num_taken = update(args, actors, progress, experience, names=asked)
                 # 6 report
-                rollout, numbers, mask = experience.rollout, experience.numbers, experience.mask
-                guarded = (numbers.kl.abs() > args.max_kl_div).float()
-                report = {
-                    **rollout_metrics(experience.scores, experience.rewards, numbers, rollout),
-                    **updates,
-                    "guarded_kl": masked_mean(guarded, mask),
-                    "explained_variance": explained_variance(
-                        numbers.values, experience.returns, mask
-                    ),
-                    "lr": experience.learning_rate,
-                }
-                num_tokens = sum(len(prompts.ids[row]) for row in rows)
-                num_tokens += int(mask.sum())
+                seen = rollout_metrics(experience, max_kl_div=args.max_kl_div)
+                report = {**seen, **updates, "lr": experience.learning_rate}
+                if args.early_stop_kl:
+                    report["num_updates"] = num_taken
+                num_tokens = int(experience.rollout.batch.mask.sum())
                 with progress.whole():
                     progress.carried = {}
+                    skip_steps(schedules, num_updates(args, len(rows)) - num_taken)
+                    if args.kl_controller == "adaptive":
+                        report["objective/beta"], kl = penalty.beta, seen["objective/kl"]
+                        penalty.beta = adaptive_beta(penalty.beta, kl, target_kl=args.target_kl)
                     is_logged = metrics.add(report, epoch=done, num_tokens=num_tokens)
                 if is_logged:
                     show_samples(
-                        [prompts.texts[row] for row in rows],
-                        decode_responses(tokenizer, rollout),
+                        prompts.select(asked).texts,
+                        decode_responses(tokenizer, experience.rollout),
                         experience.scores.tolist(),
-                        numbers.kl.sum(dim=1).tolist(),  # (B,) nats
+                        experience.numbers.kl.sum(dim=1).tolist(),  # (B,) nats
                     )
             results = progress.fitting(judge)
             with progress.whole():
@@ -416,15 +371,16 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                     facts={"metrics": results},
                 )
                 metrics.add_epoch(epoch, results)
+    panels = [
+        ["objective/scores", "eval_scores"],
+        ["objective/kl", "eval_kl"],
+        ["policy/entropy_avg"],
+        ["policy/clipfrac_avg", "policy/approxkl_avg"],
+        ["response_length"],
+        ["loss/value_avg", "explained_variance"],
+    ]
     metrics.finish(
-        [
-            ["objective/scores", "eval_scores"],
-            ["objective/kl", "eval_kl"],
-            ["policy/entropy_avg"],
-            ["policy/clipfrac_avg", "policy/approxkl_avg"],
-            ["response_length"],
-            ["loss/value_avg", "explained_variance"],
-        ],
+        panels if critic else panels[:-1],
         best=folder.path / "best",
         next_step="README.md, 'Using the checkpoints': five lines that answer",
     )
@@ -437,36 +393,41 @@ def gather(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     score: Scorer,
-    schedules: list[LambdaLR],
     progress: Progress,
     rows: list[int],
+    penalty: Penalty,
 ) -> Experience:
     """Let the policy answer a batch of prompts, and judge every token of what it wrote."""
-    step = progress.metrics.step + 1
-    # 1 rollout: write a response to each prompt
-    own = share_of(rows) or rows[:1]  # whoever gets none does the first too, to no effect
-    write = partial(roll_out, actors, [prompts.ids[row] for row in own], own, (args.seed, step))
-    rollout = progress.fitting(write)
+    step, each = progress.metrics.step + 1, args.num_responses
+    # 1 rollout: write responses to each prompt; those of one prompt stand side by side
+    names = [row * each + k for row in rows for k in range(each)]  # for the sampling noise
+    own = share_of(names) or names[:1]  # whoever gets none does the first too, to no effect
+    asked = prompts.select(name // each for name in own)
+    rollout = progress.fitting(partial(roll_out, actors, asked.ids, own, (args.seed, step)))
     # 2 score: judge whole responses; one that did not end by itself pays for it
-    texts = [prompts.texts[row] for row in own]
-    judge = partial(score_responses, args, score, tokenizer, texts, rollout)
+    judge = partial(score_responses, args, score, tokenizer, asked.texts, rollout)
     scores = progress.fitting(judge)  # (B,)
     # 3 reward: the score on the last token, the KL penalty on every token
     numbers = progress.fitting(partial(token_numbers, actors, rollout))  # (B, R) each
     if step == 1:
         progress.fitting(partial(check_ratio_is_one, actors, rollout, numbers))
     # From here on, every process has the whole rollout.
-    rollout, numbers, scores = join_processes(rollout, numbers, scores, size=len(rows))
+    rollout, numbers, scores = join_processes(rollout, numbers, scores, size=len(names))
     mask = rollout.batch.response_mask  # (B, R)
-    rewards = token_rewards(
-        scores, numbers.kl, mask, beta=args.beta, max_kl_div=args.max_kl_div
-    )  # (B, R)
-    # 4 advantage: how much better than the critic expected, in units of its spread
-    advantages, returns = gae(
-        rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
-    )  # (B, R) each
-    advantages = masked_whiten(advantages, mask)
-    learning_rate = torch.tensor(schedules[0].get_last_lr()[0], dtype=torch.float64)
+    beta = float(penalty.beta)
+    rewards = token_rewards(scores, numbers.kl, mask, beta=beta, max_kl_div=args.max_kl_div)
+    if args.advantage == "gae":
+        # 4 advantage: how much better than the critic expected, in units of its spread
+        advantages, returns = gae(
+            rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
+        )  # (B, R) each
+        advantages = masked_whiten(advantages, mask)
+    else:
+        # 4 advantage: how much better than other responses to the prompt, for each token alike
+        totals = rewards.sum(dim=1).view(-1, each)  # (prompts, responses to each)
+        relative = GROUP_ADVANTAGES[args.advantage](totals).view(-1, 1)  # (B, 1)
+        advantages, returns = relative * mask, None
+    learning_rate = torch.tensor(progress.schedules[0].get_last_lr()[0], dtype=torch.float64)
     return Experience(rollout, numbers, scores, rewards, advantages, returns, learning_rate)
 
 
@@ -487,25 +448,29 @@ def score_responses(
 def build_schedules(
     args: argparse.Namespace,
     policy: PreTrainedModel,
-    critic: Critic,
+    critic: Critic | None,
     plan: list[list[PlannedBatch]],
 ) -> list[LambdaLR]:
     """Build an optimiser each for policy and critic, or one for both where they share a trunk."""
-    sizes = [len(batch.rows) for batches in plan for batch in batches]
-    minibatches = sum(math.ceil(size / (args.minibatch_size or size)) for size in sizes)
-    of_critic = {id(weight) for weight in critic.parameters()}  # its adapter may lie in the policy
-    groups = [[p for p in policy.parameters() if id(p) not in of_critic], [*critic.parameters()]]
+    num_steps = sum(num_updates(args, len(batch.rows)) for batches in plan for batch in batches)
+    groups = [[*policy.parameters()]]
+    if critic:
+        own = {id(weight) for weight in critic.parameters()}  # its adapter may lie in the policy
+        groups = [[p for p in groups[0] if id(p) not in own], [*critic.parameters()]]
     if args.critic == "shared":
         groups = [groups[0] + groups[1]]
     return [
         build_schedule(
-            group,
-            learning_rate=args.learning_rate,
-            num_steps=args.num_inner_epoch * minibatches,
-            warmup_ratio=0.0,
+            group, learning_rate=args.learning_rate, num_steps=num_steps, warmup_ratio=0.0
         )
         for group in groups
     ]
+
+
+def num_updates(args: argparse.Namespace, num_prompts: int) -> int:
+    """Count the optimiser steps that are planned for a rollout."""
+    size = num_prompts * args.num_responses
+    return args.num_inner_epoch * math.ceil(size / (args.minibatch_size or size))
 
 
 def token_terms(
@@ -513,22 +478,24 @@ def token_terms(
 ) -> dict[str, Tensor]:  # (B, R) each
     """Losses and diagnostics of a micro-batch, which holds these rows of the rollout."""
     here = (rows, slice(batch.response_ids.shape[1]))
-    old = experience.numbers
-    advantages, returns = experience.advantages[here], experience.returns[here]
+    old, advantages = experience.numbers, experience.advantages[here]
     logprobs, values = policy_forward(actors, experience.rollout, rows, batch)
     policy_losses = ppo_policy_loss(logprobs, old.logprobs[here], advantages, epsilon=args.epsilon)
-    value_losses = value_loss(values, old.values[here], returns, value_clip=args.value_clip)
     with torch.no_grad():
         log_ratio = logprobs - old.logprobs[here]
         ratio = log_ratio.exp()
-    return {
+    terms = {
         "loss/policy_avg": policy_losses,
-        "loss/value_avg": value_losses,
         "policy/approxkl_avg": 0.5 * log_ratio.square(),
         "policy/clipfrac_avg": (policy_losses > -ratio * advantages).float(),
         "val/ratio": ratio,
-        "val/clipfrac_avg": (value_losses > 0.5 * (values - returns).square()).float(),
     }
+    if experience.returns is None:  # without a critic
+        return terms
+    returns = experience.returns[here]
+    value_losses = value_loss(values, old.values[here], returns, value_clip=args.value_clip)
+    is_clipped = value_losses > 0.5 * (values - returns).square()
+    return {**terms, "loss/value_avg": value_losses, "val/clipfrac_avg": is_clipped.float()}
 
 
 def add_gradient(
@@ -543,12 +510,15 @@ def add_gradient(
     How it is cut into micro-batches changes nothing.
     """
     num_tokens = experience.mask[minibatch].sum()
-    totals = {name: torch.zeros((), device=num_tokens.device) for name in (*TERMS, "loss")}
+    names = ["loss", *POLICY_TERMS, *(VALUE_TERMS if actors.critic else [])]
+    totals = {name: torch.zeros((), device=num_tokens.device) for name in names}
     own = share_of(minibatch)
     for rows, batch in micro_batches_by_length(experience.rollout.batch, own, room):
         terms = token_terms(args, actors, experience, rows, batch)
         means = {name: masked_sum(x, batch.response_mask) / num_tokens for name, x in terms.items()}
-        loss = means["loss/policy_avg"] + args.value_loss_coeff * means["loss/value_avg"]
+        loss = means["loss/policy_avg"]
+        if actors.critic:
+            loss = loss + args.value_loss_coeff * means["loss/value_avg"]
         loss.backward()
         for name, mean in {**means, "loss": loss}.items():
             totals[name] = totals[name] + mean.detach()
@@ -558,15 +528,15 @@ def add_gradient(
 def update(
     args: argparse.Namespace,
     actors: Actors,
-    schedules: list[LambdaLR],
     progress: Progress,
     experience: Experience,
     *,
     names: Sequence[int],  # (B,)  what the prompts are called if something goes wrong
-) -> dict[str, Tensor]:
-    """Take the optimiser steps of one rollout; returns the means of what was seen on the way.
+) -> tuple[dict[str, Tensor], int]:
+    """Take the optimiser steps of one rollout, up to one that comes when the policy has moved far.
 
     Each step is a whole one: a run that is stopped in between goes on with the next.
+    Returns the means of what was seen on the way, and the number of steps.
     """
     step, size = progress.metrics.step + 1, len(experience.mask)
     minibatches: list[list[int]] = []
@@ -579,9 +549,11 @@ def update(
     actors.policy.train()  # without dropout, this does nothing but allow gradient checkpointing
     for minibatch in minibatches[num_done:]:
         means = progress.fitting(partial(add_gradient, args, actors, experience, minibatch))
+        if seen and 0 < args.early_stop_kl < float(means["policy/approxkl_avg"]):
+            break
         with progress.whole():
             means["grad_norm"] = optimizer_step(
-                schedules,
+                progress.schedules,
                 means.pop("loss"),
                 max_gradient_norm=args.max_gradient_norm,
                 where=f"rollout {step}, prompts {[names[i] for i in minibatch]}",
@@ -591,7 +563,8 @@ def update(
             so_far = {name: torch.stack(values) for name, values in seen.items()}
             progress.carried = {**experience.tensors(), **so_far}
     actors.policy.eval()
-    return {name: torch.stack(seen[name]).mean() for name in UPDATE_METRICS}
+    means = {name: torch.stack(seen[name]).mean() for name in UPDATE_METRICS if name in seen}
+    return means, len(seen["grad_norm"])
 
 
 @torch.no_grad()
@@ -611,9 +584,9 @@ def evaluate(
     for start in range(0, len(here), EVAL_BATCH):
         rows = here[start : start + EVAL_BATCH]
         noise_key = (args.seed, 0)  # no training step has this one
-        rollout = roll_out(actors, [heldout.ids[row] for row in rows], rows, noise_key, room)
-        texts = [heldout.texts[row] for row in rows]
-        scores = score_responses(args, score, tokenizer, texts, rollout, room)
+        asked = heldout.select(rows)
+        rollout = roll_out(actors, asked.ids, rows, noise_key, room)
+        scores = score_responses(args, score, tokenizer, asked.texts, rollout, room)
         kl = token_numbers(actors, rollout, room).kl.sum(dim=1)
         lengths = rollout.batch.response_mask.sum(dim=1)
         columns.append(torch.stack((scores, kl, lengths, rollout.ended)))
@@ -626,22 +599,6 @@ def evaluate(
         "eval_length": float(lengths.mean()),
         "eval_eos_rate": float(ended.mean()),
     }
-
-
-def warn_of_little_exploration(args: argparse.Namespace) -> str:
-    """Say what sampling settings do to PPO, where they do much."""
-    if not args.do_sampling:
-        return "note: --do_sampling=false: greedy responses explore nothing; PPO can learn little"
-    if args.top_k == 1:
-        return "note: --top_k=1 leaves nothing to choose: every ratio is 1, and PPO learns nothing"
-    if args.top_p < 1 and args.top_k == 0:
-        return "note: --top_p without --top_k may keep thousands of ids of a token in memory"
-    if args.temperature < 0.5:
-        return (
-            f"note: --temperature={args.temperature:g} explores little: the policy can hardly"
-            " find better responses than those it prefers already; 1.0 finds more"
-        )
-    return ""
 
 
 if __name__ == "__main__":

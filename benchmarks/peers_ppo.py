@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -41,8 +42,11 @@ from transformers import (
 )
 
 import run_ppo
+from rlhf.actors import Actors, load_models
 from rlhf.batches import PlannedBatch, Room
-from rlhf.experience import Prompts
+from rlhf.experience import Penalty
+from rlhf.models import load_reward_model
+from rlhf.prompts import Prompts
 from rlhf.rewards import RewardFacts, score_by_model
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
@@ -113,8 +117,8 @@ def tokenizer_of_words(config: GPT2Config) -> PreTrainedTokenizerFast:
 class NeverStopped:
     """What run_ppo.py needs of `rlhf.resume.Progress`, without a disk."""
 
-    def __init__(self, room: Room) -> None:
-        self.room, self.carried = room, {}
+    def __init__(self, room: Room, schedules: list[LambdaLR]) -> None:
+        self.room, self.schedules, self.carried = room, schedules, {}
         self.metrics = argparse.Namespace(step=1)  # the ratio is checked once in a run, at step 0
 
     def fitting(self, attempt: Callable[[Room], Any]) -> Any:
@@ -153,25 +157,37 @@ def our_ppo(task: Task, sft_path: str, rm_path: str) -> Step:
         stop_ids=[eos_id],
         early_end_ids=[eos_id],
     )
-    room = Room(args.micro_batch_size)
-    tokenizer, progress = tokenizer_of_words(task.config), NeverStopped(room)
-    actors = run_ppo.load_actors(args, tokenizer, task.runtime, 0.0)._replace(sampling=sampling)
+    tokenizer, penalty = tokenizer_of_words(task.config), Penalty(args.beta)
+    policy, ref_policy, critic = load_models(
+        sft_path,
+        rm_path,
+        critic=args.critic,
+        mean_reward=0.0,
+        lora=None,
+        share_trunk=False,
+        gradient_checkpointing=False,
+        compile=False,
+        device=task.runtime.device,
+        pad_id=eos_id,
+    )
+    actors = Actors(policy, ref_policy, critic, sampling, task.runtime)
     score = score_by_model(
-        run_ppo.load_reward(args, task.runtime.device, eos_id),
+        load_reward_model(rm_path, flag="--x", device=task.runtime.device, pad_id=eos_id),
         RewardFacts("pairwise", args.max_reward, logit_mean=0.0, reward_mean=0.0),
         runtime=task.runtime,
     )
     plan = [[PlannedBatch(list(rows), 0.0)] * MANY]
-    schedules = run_ppo.build_schedules(args, actors.policy, actors.critic, plan)
+    schedules = run_ppo.build_schedules(args, policy, critic, plan)
+    progress = NeverStopped(Room(args.micro_batch_size), schedules)
     prompts = Prompts(task.prompts, [""] * len(rows))
 
     def iterate() -> float:
         experience = run_ppo.gather(
-            args, actors, tokenizer, prompts, score, schedules, progress, rows
+            args, actors, tokenizer, prompts, score, progress, rows, penalty
         )
         mask = experience.mask  # (B, R)
         assert mask.all() and mask.shape[1] == NEW_TOKENS
-        updates = run_ppo.update(args, actors, schedules, progress, experience, names=rows)
+        updates, _ = run_ppo.update(args, actors, progress, experience, names=rows)
         progress.next_step()
         return float(updates["loss/policy_avg"])
 

@@ -18,6 +18,8 @@
     kv_cache     what a decode loop remembers of its prompts
     responses    what is being written, and the rollout that it becomes
     generation   prompts to responses, in a batch of slots
+    prompts      what the policy is to answer
+    actors       policy, reference and critic, loaded
     experience   a rollout as policy, reference and critic see it, token by token
     rewards      a reward model's logit, or a Python function, to a score
     masked       means over real tokens

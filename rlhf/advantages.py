@@ -75,3 +75,83 @@ def gae(
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, advantages + values
+
+
+def rloo(
+    totals: Tensor,  # (B, N)  rewards of N responses to each of B prompts, KL penalty included
+) -> Tensor:  # (B, N)
+    """How much better a response is than the others to its prompt: leave one out.
+
+        A_i = x_i - (sum of x_j over j != i) / (N - 1)
+
+    What it is compared with does not depend on the response itself, so that the policy gradient
+    stays unbiased without a critic. The advantage of a response holds for each of its tokens.
+
+    Source: 2402.14740. N is at least 2.
+
+    >>> rloo(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]))
+    tensor([[-3.0000, -1.5000,  4.5000],
+            [ 0.0000,  0.0000,  0.0000]])
+    """
+    # In float64, where sums of equal float32 values are exact: equal rewards give 0 and not noise.
+    x = totals.double()
+    others = (x.sum(dim=1, keepdim=True) - x) / (x.shape[1] - 1)  # (B, N)
+    return (x - others).to(totals.dtype)
+
+
+def dr_grpo(
+    totals: Tensor,  # (B, N)  as in `rloo`
+) -> Tensor:  # (B, N)
+    """How much better a response is than the mean of all N to its prompt, itself included.
+
+        A_i = x_i - mean(x)
+
+    It is `rloo` times (N - 1) / N: the same direction, in somewhat shorter steps.
+
+    Source: 2503.20783, section 3.2.
+
+    >>> dr_grpo(torch.tensor([[1.0, 2.0, 6.0]]))
+    tensor([[-2., -1.,  3.]])
+    """
+    x = totals.double()
+    return (x - x.mean(dim=1, keepdim=True)).to(totals.dtype)
+
+
+def grpo(
+    totals: Tensor,  # (B, N)  as in `rloo`
+) -> Tensor:  # (B, N)
+    """`dr_grpo` in units of the spread of a prompt's responses.
+
+        A_i = (x_i - mean(x)) / (std(x) + 1e-4),  std unbiased
+
+    Every prompt on which responses differ at all weighs alike, however little they differ.
+
+    Source: 2402.03300, section 4.1.2, which leaves open how std is taken; unbiased as in TRL.
+
+    >>> grpo(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
+    tensor([[-0.7071,  0.7071],
+            [ 0.0000,  0.0000]])
+    """
+    x = totals.double()
+    centred = x - x.mean(dim=1, keepdim=True)  # (B, N)
+    return (centred / (x.std(dim=1, keepdim=True) + 1e-4)).to(totals.dtype)
+
+
+def adaptive_beta(
+    beta: Tensor,  # ()
+    kl: Tensor,  # ()  of a rollout: nats per response
+    *,
+    target_kl: float,
+) -> Tensor:  # ()
+    """The next rollout's weight of the KL penalty: more if the policy has gone too far, else less.
+
+        beta * (1 + 0.1 * clip(kl / target_kl - 1, -0.2, 0.2))
+
+    A step is 2% at most. beta rests where kl is `target_kl`.
+
+    Source: Ziegler et al., 1909.08593, section 2.2.
+
+    >>> adaptive_beta(torch.tensor(0.5), torch.tensor(6.6), target_kl=6.0)
+    tensor(0.5050)
+    """
+    return beta * (1 + 0.1 * (kl / target_kl - 1).clamp(-0.2, 0.2))

@@ -4,54 +4,25 @@ Old logprobs come from the forward that is trained, never from the sampler's cac
 rounds differently; and they are taken over the tokens that could have been sampled.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from rlhf.actors import Actors
 from rlhf.batches import Batch, Room, micro_batches_by_length
 from rlhf.errors import RunError
 from rlhf.generation import generate
 from rlhf.heads import head_of
 from rlhf.logprobs import Support, sequence_logprobs, token_logprobs, token_stats
-from rlhf.lora import active
 from rlhf.masked import masked_mean
-from rlhf.models import Critic, response_states
+from rlhf.models import response_states
 from rlhf.processes import join_rows, most_of_processes, num_processes
 from rlhf.responses import Rollout
-from rlhf.runtime import Runtime
-from rlhf.sampling import Sampling
 from rlhf.tokens import decode_response
-
-
-class Prompts(NamedTuple):
-    """Prompts as ids, and as the text that reward functions and people see."""
-
-    ids: list[list[int]]
-    texts: list[str]
-
-
-class Actors(NamedTuple):
-    """The models that see every token of a response, and how they are run."""
-
-    policy: PreTrainedModel
-    ref_policy: PreTrainedModel | None  # None: the policy without its adapter
-    critic: Critic | None  # None while the policy is only judged
-    sampling: Sampling
-    runtime: Runtime
-
-    @contextmanager
-    def reference(self) -> Iterator[PreTrainedModel]:
-        """Give the reference, for the forwards within."""
-        if self.ref_policy is not None:
-            yield self.ref_policy
-            return
-        with active(self.policy, None):
-            yield self.policy
 
 
 class Numbers(NamedTuple):
@@ -69,6 +40,14 @@ class Numbers(NamedTuple):
         return self.logprobs - self.ref_logprobs
 
 
+class Penalty(nn.Module):
+    """The weight of the KL penalty, which is part of a run's state where it follows the KL."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+
+
 class Experience(NamedTuple):
     """A rollout and what an update learns from it; (B, R) each, where nothing else is said."""
 
@@ -77,7 +56,7 @@ class Experience(NamedTuple):
     scores: Tensor  # (B,)
     rewards: Tensor
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None  # None without a critic
     learning_rate: Tensor  # ()  of the first optimiser step
 
     @property
@@ -257,22 +236,18 @@ def check_ratio_is_one(actors: Actors, rollout: Rollout, numbers: Numbers, room:
             )
 
 
-def rollout_metrics(
-    scores: Tensor,  # (B,)
-    rewards: Tensor,  # (B, R)  the scores and the KL penalty
-    numbers: Numbers,
-    rollout: Rollout,
-) -> dict[str, Tensor]:
-    """What a rollout tells of the policy, under TRL's names.
+def rollout_metrics(experience: Experience, *, max_kl_div: float) -> dict[str, Tensor]:
+    """What a rollout tells of policy and critic, under TRL's names where it has one.
 
     `objective/*` are sums over a response, averaged over responses.
     """
+    rollout, numbers, scores, rewards, _, returns, _ = experience
     mask, ended = rollout.batch.response_mask, rollout.ended
     kl = sequence_logprobs(numbers.kl, mask)  # (B,)
     # k3 estimates the same KL, as long as no token is cut off, and is never negative; but as a
     # reward it would have another optimum.
     k3 = sequence_logprobs(torch.expm1(-numbers.kl) + numbers.kl, mask)  # (B,)
-    return {
+    seen = {
         "objective/kl": kl.mean(),
         "objective/kl_k3": k3.mean(),
         "objective/entropy": -sequence_logprobs(numbers.logprobs, mask).mean(),
@@ -281,10 +256,14 @@ def rollout_metrics(
         "objective/rlhf_reward": rewards.sum(dim=1).mean(),
         "policy/entropy_avg": masked_mean(numbers.entropy, mask),
         "kept_mass": masked_mean(numbers.kept_mass, mask),
+        "guarded_kl": masked_mean((numbers.kl.abs() > max_kl_div).float(), mask),
         "val/num_eos_tokens": ended.sum(),
         "eos_rate": ended.float().mean(),
         "response_length": mask.sum(dim=1).float().mean(),
     }
+    if returns is not None:
+        seen["explained_variance"] = explained_variance(numbers.values, returns, mask)
+    return seen
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -69,6 +69,17 @@ def optimizer_step(
     return norms[0]
 
 
+def skip_steps(schedules: Sequence[LambdaLR], num_steps: int) -> None:
+    """Give up so many steps: drop their gradients, and move the schedules on as if they were taken.
+
+    So the learning rate still ends at 0.
+    """
+    for schedule in schedules:
+        schedule.optimizer.zero_grad(set_to_none=True)
+        for _ in range(num_steps):
+            schedule.step()
+
+
 def restore_schedule(
     schedule: LambdaLR, state: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str
 ) -> None:

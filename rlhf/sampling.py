@@ -48,6 +48,20 @@ class Sampling(NamedTuple):
             }
         return settings
 
+    def warning(self) -> str:
+        """Say what the settings do to a policy that is to learn from its samples, if much."""
+        told = ""
+        if not self.do_sampling:
+            told = "do_sampling=false: greedy responses explore nothing; PPO can learn little"
+        elif self.top_k == 1:
+            told = "top_k=1 leaves nothing to choose: every ratio is 1, and PPO learns nothing"
+        elif self.top_p < 1 and self.top_k == 0:
+            told = "top_p without --top_k may keep thousands of ids of a token in memory"
+        elif self.temperature < 0.5:
+            told = f"temperature={self.temperature:g} explores little: the policy can hardly find"
+            told += " better responses than those it prefers already; 1.0 finds more"
+        return told and f"note: --{told}"
+
 
 def uniform_noise(seed: int, step: int, rows: Sequence[int], num_positions: int) -> Tensor:
     """Uniform numbers in [0, 1) as a function of (seed, step, row, position): (B, positions).

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf.actors import Actors
 from rlhf.batches import Room
 from rlhf.errors import RunError
 from rlhf.experience import (
-    Actors,
+    Experience,
     Numbers,
     check_ratio_is_one,
     explained_variance,
@@ -137,14 +138,18 @@ def test_rollout_metrics_worked_by_hand():
     logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
     ref_logprobs = torch.tensor([[-1.5, -1.0], [-4.0, 0.0]])
     numbers = Numbers(logprobs, mask.float(), mask.float() * 0.5, ref_logprobs, logprobs)
-    metrics = rollout_metrics(
-        torch.tensor([2.0, 4.0]),
-        torch.tensor([[-0.05, 2.1], [3.9, 0.0]]),  # beta 0.1
-        numbers,
+    experience = Experience(
         SimpleNamespace(
             batch=SimpleNamespace(response_mask=mask), ended=torch.tensor([True, False])
         ),
+        numbers,
+        torch.tensor([2.0, 4.0]),
+        torch.tensor([[-0.05, 2.1], [3.9, 0.0]]),  # beta 0.1
+        advantages=torch.zeros(2, 2),
+        returns=torch.tensor([[1.0, 0.0], [-1.0, 0.0]]),  # values: the logprobs
+        learning_rate=torch.tensor(0.1),
     )
+    metrics = rollout_metrics(experience, max_kl_div=0.9)
     expected = {
         "objective/kl": 0.25,  # ((0.5 - 1) + 1) / 2
         "objective/kl_k3": ((0.60653 - 1 + 0.5) + (2.71828 - 1 - 1) + (0.36788 - 1 + 1)) / 2,
@@ -154,6 +159,8 @@ def test_rollout_metrics_worked_by_hand():
         "objective/rlhf_reward": 2.975,
         "policy/entropy_avg": 1.0,
         "kept_mass": 0.5,
+        "guarded_kl": 2 / 3,
+        "explained_variance": 1.0,  # each return is 2 above its value
         "val/num_eos_tokens": 1.0,
         "eos_rate": 0.5,
         "response_length": 1.5,

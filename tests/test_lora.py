@@ -23,6 +23,7 @@ import run_dpo
 import run_ppo
 import run_rm
 import run_sft
+from rlhf.actors import critic_view
 from rlhf.batches import Room
 from rlhf.checkpoints import save_checkpoint, weights_fingerprint
 from rlhf.disk import flaw_of
@@ -426,8 +427,7 @@ def shared(lineage, path=None):
     policy = load_policy(str(lineage / "sft/best"), flag="--x", device=CPU)
     stir(add_adapter(policy, **ADAPTER))
     path = str(path or lineage / "rm/best")
-    args = run_ppo.parse_args(["--sft_model_path=x", f"--rm_model_path={path}"])
-    critic = run_ppo.critic_view(args, policy)
+    critic = critic_view(policy, path, lora=ADAPTER)
     return policy, critic, SharedRewardModel(policy, path, flag="--x")
 
 

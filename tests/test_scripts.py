@@ -22,6 +22,7 @@ import run_dpo
 import run_ppo
 import run_rm
 import run_sft
+from rlhf import actors
 from rlhf.batches import build_batch, epoch_order
 from rlhf.errors import InputError, RunError
 from rlhf.models import load_reward_model, reward_logits
@@ -496,8 +497,8 @@ def test_missing_eos_costs_the_penalty(lineage, data_dir, tmp_path):
 
 @pytest.mark.claim(9)
 def test_dropout_left_on_in_ppo_stops_it(lineage, data_dir, tmp_path, monkeypatch):
-    real = run_ppo.load_policy
-    monkeypatch.setattr(run_ppo, "load_policy", lambda *a, **k: real(*a, **k, dropout=0.1).train())
+    real = actors.load_policy
+    monkeypatch.setattr(actors, "load_policy", lambda *a, **k: real(*a, **k, dropout=0.1).train())
     with pytest.raises(RunError, match="off 1 by"):
         run("ppo", lineage, data_dir, *PPO, ckpt_dir=tmp_path)
 
