@@ -14,8 +14,11 @@ exec "$PYTHON" run_dpo.py \
     --num_epochs=1 \
     --batch_size=16 \
     --learning_rate=1e-5 \
-    --beta=0.2 \
     --loss=dpo \
+    --beta=auto \
+    --label_smoothing=0.0 \
+    --simpo_gamma=1.0 \
+    --sft_coeff=auto \
     --use_peft=false \
     --lora_r=16 \
     --lora_alpha=32 \

@@ -1,47 +1,58 @@
-"""DPO: learn from pairs of a better and a worse response, without a reward model.
+"""DPO and its relatives: learn from better and worse responses, without a reward model.
 
     loss = -log sigmoid(beta * ((log pi(chosen) - log ref(chosen))
                                 - (log pi(rejected) - log ref(rejected))))
 
-The reference is the SFT model that training starts from; its logprobs are computed once. Reads
-`.data/pref`, writes a checkpoint for every epoch into `.model/dpo`. In a healthy log the loss
-starts at ln 2 = 0.693 and falls, `rewards/accuracies` and `rewards/margins` rise. Watch
-`logps/chosen` too: if it sinks far below its start, the policy forgets good responses along with
-bad ones, and a larger beta or a lower learning rate is due.
+`--loss` chooses among `dpo` (above), `ipo`, `hinge`, `simpo` and `rrhf`: one function of
+`rlhf/losses.py` each, one branch of `preference_losses`. The reference is the SFT model that
+training starts from; its logprobs are computed once, and not at all for `simpo` and `rrhf`, which
+have none. `rewards/*` are the loss's own implicit rewards. Reads `.data/pref` (`rrhf`: `.data/rm`,
+all responses to a prompt), writes a checkpoint for every epoch into `.model/dpo`. In a healthy log
+the loss starts at ln 2 = 0.693 (`ipo`: 1 / (4 beta^2), `hinge`: 1) and falls, `rewards/accuracies`
+and `rewards/margins` rise. Watch `logps/chosen` too: if it sinks far below its start, the policy
+forgets good responses along with bad ones, and a larger beta, `--sft_coeff` or a lower learning
+rate is due.
 """
 
 import argparse
-import hashlib
 import math
-from array import array
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.arguments import (
     Parser,
     add_lora_arguments,
     add_training_arguments,
+    auto_or,
     check_lora_arguments,
     count,
     lora_options,
+    non_negative,
     nonempty,
+    number,
     positive,
     positive_count,
     seed,
 )
-from rlhf.batches import Room, build_batch, micro_batches, plan_epochs, sample_length
-from rlhf.checkpoints import load_tensors, save_tensors, weights_fingerprint
+from rlhf.batches import Room, micro_batches, plan_epochs, sample_length
+from rlhf.checkpoints import save_tensors
+from rlhf.comparisons import (
+    Comparison,
+    all_logprobs,
+    kept_logprobs,
+    most_responses,
+    reference_fingerprint,
+    response_logprobs,
+)
 from rlhf.earlier import RESUME
-from rlhf.errors import RunError, run_script
-from rlhf.heads import head_of
-from rlhf.logprobs import sequence_logprobs, token_logprobs
+from rlhf.errors import InputError, RunError, run_script
 from rlhf.lora import active, add_adapter, trained_share
-from rlhf.losses import dpo_loss
+from rlhf.losses import cdpo_loss, dpo_loss, hinge_loss, ipo_loss, rrhf_loss, simpo_loss
 from rlhf.memory import fit
 from rlhf.metrics import Metrics, say
 from rlhf.models import (
@@ -49,12 +60,12 @@ from rlhf.models import (
     load_policy,
     load_tokenizer,
     prepare_training,
-    response_states,
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step
-from rlhf.processes import main_first, most_of_processes, share_of, sum_over_processes
-from rlhf.records import PAIR, changed_since_written, fingerprint, read_split
+from rlhf.processes import main_first, share_of, sum_over_processes
+from rlhf.rankings import rank_responses
+from rlhf.records import PAIR, SCORED, changed_since_written, fingerprint, read_split
 from rlhf.resume import Progress
 from rlhf.run_folder import RunFolder
 from rlhf.runtime import (
@@ -65,10 +76,12 @@ from rlhf.runtime import (
     start_trackers,
 )
 from rlhf.sharding import in_step, run_whole, shard
-from rlhf.tokens import Sample, count_dropped, encode_samples
+from rlhf.tokens import count_dropped, encode_samples
 
-Pair = tuple[Sample, Sample]  # chosen, rejected
-TERMS = (  # of each pair, under TRL's names
+BETA = {"dpo": 0.2, "ipo": 0.5, "hinge": 0.2, "simpo": 2.0}  # what --beta=auto means
+OF_MEANS = ("ipo", "simpo", "rrhf")  # look at the mean logprob of a response's tokens, not the sum
+REFERENCE_FREE = ("simpo", "rrhf")
+TERMS = (  # of each comparison, under TRL's names
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -90,10 +103,17 @@ def build_parser() -> Parser:
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_gen_len", type=count, default=1, help="least room for a response, in tokens")
     add("--num_epochs", type=positive_count, default=1, help="passes over the data")
-    add("--batch_size", type=positive_count, default=16, help="pairs in an optimiser step")
+    add("--batch_size", type=positive_count, default=16, help="pairs (rrhf: prompts) in a step")
     add("--learning_rate", type=positive, default=1e-5, help="learning rate at the start")
-    add("--beta", type=positive, default=0.2, help="how strongly the reference holds")
-    add("--loss", choices=("dpo",), default="dpo", help="preference loss")
+    losses = (*BETA, "rrhf")
+    add("--loss", choices=losses, default="dpo", help="preference loss; rrhf wants .data/rm")
+    help = "how strongly the reference holds (auto: dpo, hinge 0.2, ipo 0.5, simpo 2)"
+    add("--beta", type=auto_or(positive), default="auto", help=help)
+    help = "share of the pairs that are taken to be the wrong way round (dpo)"
+    add("--label_smoothing", type=number(float, least=0, below=0.5), default=0.0, help=help)
+    add("--simpo_gamma", type=non_negative, default=1.0, help="margin that simpo asks for")
+    help = "weight of the chosen response's mean cross-entropy (auto: rrhf 1, else 0)"
+    add("--sft_coeff", type=auto_or(non_negative), default="auto", help=help)
     names = ["--log_step", "--logging_steps"]
     add_training_arguments(parser, log_step=100, log_step_names=names)
     add_lora_arguments(parser, dropout=0.0)
@@ -102,24 +122,49 @@ def build_parser() -> Parser:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
-    return check_lora_arguments(parser, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    for loss, name in (("dpo", "label_smoothing"), ("simpo", "simpo_gamma")):
+        value = getattr(args, name)
+        if args.loss != loss and value != parser.get_default(name):
+            parser.error(f"--{name}={value:g} is for --loss={loss}, not {args.loss}: leave it out")
+    if args.loss == "rrhf" and args.beta != "auto":
+        parser.error(f"--beta={args.beta:g}: --loss=rrhf has no beta: leave it out")
+    if args.beta == "auto":
+        args.beta = BETA.get(args.loss)
+    if args.sft_coeff == "auto":
+        args.sft_coeff = 1.0 if args.loss == "rrhf" else 0.0
+    return check_lora_arguments(parser, args)
 
 
-def load_pairs(
+def load_comparisons(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, side: str, max_samples: int
-) -> list[Pair]:
-    records = read_split(args.data_dir, side, PAIR, max_samples)
-    prompts = [record["prompt"] for record in records]
+) -> list[Comparison]:
+    """Read what is compared: pairs, or all scored responses to each prompt.
+
+    What is too long is dropped: a response alone if others to its prompt are left, else the pair.
+    """
     sizes = {"max_len": args.max_len, "min_len": args.min_gen_len}
-    chosen, rejected = (
-        encode_samples(
-            tokenizer, prompts, [r[name] for r in records], **sizes, data_dir=args.data_dir
-        )
-        for name in ("chosen", "rejected")
+    encode = partial(encode_samples, tokenizer, **sizes, data_dir=args.data_dir)
+    if args.loss != "rrhf":
+        pairs = read_split(args.data_dir, side, PAIR, max_samples)
+        prompts = [record["prompt"] for record in pairs]
+        chosen = encode(prompts, [record["chosen"] for record in pairs])
+        rejected = encode(prompts, [record["rejected"] for record in pairs])
+        kept = [[a, b] for a, b in zip(chosen, rejected, strict=True) if a and b]
+        say(count_dropped(len(kept), len(pairs), side=side, **sizes))
+        return [Comparison(samples, [(0, 1)]) for samples in kept]
+    records = read_split(args.data_dir, side, SCORED, max_samples)
+    prompts = [record["prompt"] for record in records]
+    encoded = encode(prompts, [record["response"] for record in records])
+    scored = [(sample, record) for sample, record in zip(encoded, records, strict=True) if sample]
+    say(count_dropped(len(scored), len(records), side=side, **sizes))
+    scored.sort(key=lambda item: -item[1]["score"])  # so that the best of a prompt comes first
+    rankings = rank_responses(
+        [record["prompt_id"] for _, record in scored], [record["score"] for _, record in scored]
     )
-    pairs = [(a, b) for a, b in zip(chosen, rejected, strict=True) if a and b]
-    say(count_dropped(len(pairs), len(records), side=side, **sizes))
-    return pairs
+    if not rankings:
+        raise InputError(f"--loss=rrhf: {args.data_dir} has no two scores for one prompt in {side}")
+    return [Comparison([scored[row][0] for row in rows], pairs) for rows, pairs in rankings]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -148,13 +193,14 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
     with main_first():
-        pairs = load_pairs(args, tokenizer, "train", args.max_samples)
-        heldout = load_pairs(args, tokenizer, "eval", 0)
+        comparisons = load_comparisons(args, tokenizer, "train", args.max_samples)
+        heldout = load_comparisons(args, tokenizer, "eval", 0)
 
     # Every dropout is at 0: policy and reference are the same function until the first update, and
     # so the policy can compute the reference's logprobs before it is trained.
     policy = load_policy(sft_path, flag=flag, device=runtime.device).train()
-    made_from = {"sha256": reference_fingerprint(policy, pairs, heldout, runtime)}
+    sides = {"train": comparisons, "eval": heldout}
+    made_from = {"sha256": reference_fingerprint(policy, sides.values(), runtime.precision)}
     if args.use_peft:
         add_adapter(policy, **lora_options(args))
         say(trained_share(policy))
@@ -164,20 +210,20 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     set_generation_defaults(policy, tokenizer)
     pad_id = tokenizer.pad_token_id
     room, cache = Room(args.micro_batch_size), folder.path / RESUME / "ref_logprobs"
-    cached = load_tensors(cache, device=runtime.device)
-    is_cached = cached is not None and cached[1] == made_from
-    if not any(most_of_processes([not is_cached], runtime.device)):  # each of them has it
-        ref_logprobs = cached[0]
-    else:
-        ref_logprobs = {}  # (number of pairs, 2) each
-        for side, some in (("train", pairs), ("eval", heldout)):
+    ref_logprobs = kept_logprobs(cache, made_from, runtime.device)
+    if args.loss in REFERENCE_FREE:
+        ref_logprobs = {
+            side: torch.zeros(len(some), most_responses(some)) for side, some in sides.items()
+        }
+    elif ref_logprobs is None:
+        ref_logprobs = {}  # (number of comparisons, K) each
+        for side, some in sides.items():
             compute = partial(all_logprobs, policy, pad_id, runtime, some)
             with active(policy, None):
                 ref_logprobs[side], room = fit(compute, room, runtime.device)
     shard(policy, zero_stage=runtime.zero_stage)
-    lengths = [max(map(sample_length, pair)) for pair in pairs]
     plan = plan_epochs(
-        lengths,
+        [comparison.length for comparison in comparisons],
         args.batch_size,
         num_epochs=args.num_epochs,
         max_steps=args.max_steps,
@@ -191,7 +237,8 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         warmup_ratio=0.0,
     )
     say(folder.start())
-    save_tensors(cache, ref_logprobs, made_from)
+    if args.loss not in REFERENCE_FREE:
+        save_tensors(cache, ref_logprobs, made_from)
     metrics = Metrics(
         folder.path,
         num_steps=num_steps,
@@ -215,10 +262,10 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
             metrics.add_epoch(0, progress.fitting(judge))
         for epoch, batches in progress.left():
             for rows, done in batches:
-                batch = [pairs[row] for row in rows]
+                batch = [comparisons[row] for row in rows]
                 means = progress.fitting(partial(add, batch, ref_logprobs["train"][rows]))
                 if metrics.step == 0:
-                    check_first_loss(float(means["loss"]), args.beta, runtime)
+                    check_first_loss(args, means, runtime)
                 learning_rate = schedule.get_last_lr()[0]
                 with progress.whole():
                     grad_norm = optimizer_step(
@@ -230,7 +277,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                     metrics.add(
                         {**means, "grad_norm": grad_norm, "lr": learning_rate},
                         epoch=done,
-                        num_tokens=sum(sample_length(sample) for pair in batch for sample in pair),
+                        num_tokens=sum(sample_length(s) for x in batch for s in x.samples),
                     )
             results = progress.fitting(judge)
             with progress.whole():
@@ -261,100 +308,110 @@ def add_gradient(
     policy: PreTrainedModel,
     pad_id: int,
     runtime: Runtime,
-    pairs: list[Pair],
-    ref_logprobs: Tensor,  # (B, 2)
+    comparisons: list[Comparison],
+    ref_logprobs: Tensor,  # (B, K)
     room: Room,
 ) -> dict[str, Tensor]:
-    """Add the gradient of an optimisation batch to the weights'; returns means over its pairs."""
-    means = {name: torch.zeros((), device=runtime.device) for name in TERMS}
-    own = list(share_of(range(len(pairs))))
-    lengths = [max(map(sample_length, pairs[row])) for row in own]
-    parts = micro_batches(lengths, room, sequences_per_row=2)
+    """Add the gradient of an optimisation batch to the weights'; returns means over it."""
+    names = (*TERMS, "nll_loss") if args.sft_coeff else TERMS
+    means = {name: torch.zeros((), device=runtime.device) for name in names}
+    own = list(share_of(range(len(comparisons))))
+    lengths = [comparisons[row].length for row in own]
+    parts = micro_batches(lengths, room, sequences_per_row=most_responses(comparisons))
     for rows, weight in in_step(policy, own, parts, spare=0):
-        some = [pairs[row] for row in rows]
-        logprobs = run_whole(policy, pair_logprobs, some, pad_id, runtime)  # (B, 2)
-        terms = preference_terms(logprobs, ref_logprobs[rows], args.beta)
-        (weight * terms["loss"].sum() / len(pairs)).backward()
+        some = [comparisons[row] for row in rows]
+        logprobs = run_whole(policy, response_logprobs, some, pad_id, runtime)  # (B, K)
+        terms = preference_terms(args, some, logprobs, ref_logprobs[rows])
+        (weight * terms["loss"].sum() / len(comparisons)).backward()
         for name, values in terms.items():
-            means[name] = means[name] + weight * values.detach().sum() / len(pairs)
+            means[name] = means[name] + weight * values.detach().sum() / len(comparisons)
     return {name: sum_over_processes(mean) for name, mean in means.items()}
 
 
-def pair_logprobs(
-    model: PreTrainedModel, pairs: list[Pair], pad_id: int, runtime: Runtime
-) -> Tensor:  # (B, 2)
-    """Log-probabilities of chosen and rejected responses, in one forward."""
-    samples = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
-    batch = build_batch(samples, pad_id).to(runtime.device)
-    with runtime.autocast():
-        states = response_states(model, batch)  # (2B, R, D)
-    head = head_of(model)
-    logprobs = token_logprobs(
-        states, batch.response_ids, batch.response_mask, head, temperature=1.0
-    )  # (2B, R)
-    return sequence_logprobs(logprobs, batch.response_mask).view(2, -1).T
-
-
-@torch.no_grad()
-def all_logprobs(
-    model: PreTrainedModel, pad_id: int, runtime: Runtime, pairs: list[Pair], room: Room
-) -> Tensor:  # (number of pairs, 2)
-    """Log-probabilities of all responses, in the order of the pairs."""
-    lengths = [max(map(sample_length, pair)) for pair in pairs]
-    order = share_of(sorted(range(len(pairs)), key=lengths.__getitem__))
-    logprobs = torch.zeros(len(pairs), 2, device=runtime.device)
-    ordered = [lengths[row] for row in order]
-    parts = micro_batches(ordered, room, sequences_per_row=2)
-    for rows, weight in in_step(model, order, parts, spare=0):
-        some = [pairs[row] for row in rows]
-        logprobs[rows] += weight * run_whole(model, pair_logprobs, some, pad_id, runtime)
-    return sum_over_processes(logprobs)
-
-
 def preference_terms(
-    logprobs: Tensor,  # (B, 2)  chosen, rejected
-    ref_logprobs: Tensor,  # (B, 2)
-    beta: float,
+    args: argparse.Namespace,
+    comparisons: list[Comparison],
+    logprobs: Tensor,  # (B, K)
+    ref_logprobs: Tensor,  # (B, K)  0 if the loss has no reference
 ) -> dict[str, Tensor]:  # (B,) each
-    """The loss of each pair, and what it is made of."""
-    chosen, rejected = logprobs.unbind(dim=1)
-    ref_chosen, ref_rejected = ref_logprobs.unbind(dim=1)
-    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-    rewards = beta * (logprobs - ref_logprobs).detach()  # (B, 2)
-    return {
-        "loss": losses,
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float(),
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
+    """The loss of each comparison, and what it is made of; of several pairs, the mean."""
+    device = logprobs.device
+    pairs = [(row, *pair) for row, some in enumerate(comparisons) for pair in some.pairs]
+    rows, better, worse = torch.tensor(pairs, device=device).T  # (N,) each
+    counts = [torch.tensor([len(s.response_ids) for s in x.samples]) for x in comparisons]
+    lengths = pad_sequence(counts, batch_first=True, padding_value=1).to(device)  # (B, K)
+    per_token = logprobs / lengths
+    values, ref_values = logprobs, ref_logprobs.to(device)[:, : logprobs.shape[1]]
+    if args.loss in OF_MEANS:
+        values, ref_values = per_token, ref_values / lengths
+    rewards = (args.beta or 1.0) * (values - ref_values).detach()  # (B, K)
+
+    def summed(of_pairs: Tensor) -> Tensor:  # (N,) -> (B,)
+        return torch.zeros(len(comparisons), device=device).index_add(0, rows, of_pairs)
+
+    num_pairs = summed(torch.ones(len(rows), device=device))
+    chosen, rejected = (rows, better), (rows, worse)
+    losses = preference_losses(
+        args, values[chosen], values[rejected], ref_values[chosen], ref_values[rejected]
+    )  # (N,)
+    terms = {
+        "loss": summed(losses),
+        "rewards/chosen": summed(rewards[chosen]) / num_pairs,
+        "rewards/rejected": summed(rewards[rejected]) / num_pairs,
+        "rewards/margins": summed(rewards[chosen] - rewards[rejected]) / num_pairs,
+        "rewards/accuracies": summed((rewards[chosen] > rewards[rejected]).float()) / num_pairs,
+        "logps/chosen": summed(logprobs[chosen]) / num_pairs,
+        "logps/rejected": summed(logprobs[rejected]) / num_pairs,
     }
+    if args.sft_coeff:
+        terms["nll_loss"] = -per_token[:, 0]  # the best response comes first
+        terms["loss"] = terms["loss"] + args.sft_coeff * terms["nll_loss"]
+    return terms
 
 
-def check_first_loss(loss: float, beta: float, runtime: Runtime) -> None:
-    """Stop unless policy and reference agree before the first update: then the loss is ln 2."""
+def preference_losses(
+    args: argparse.Namespace,
+    chosen: Tensor,  # (N,)  logprobs of N pairs: sums, or means over tokens for OF_MEANS
+    rejected: Tensor,  # (N,)
+    ref_chosen: Tensor,  # (N,)
+    ref_rejected: Tensor,  # (N,)
+) -> Tensor:  # (N,)
+    """The loss that was asked for."""
+    four = chosen, rejected, ref_chosen, ref_rejected
+    match args.loss:
+        case "dpo" if args.label_smoothing:
+            return cdpo_loss(*four, beta=args.beta, label_smoothing=args.label_smoothing)
+        case "dpo":
+            return dpo_loss(*four, beta=args.beta)
+        case "ipo":
+            return ipo_loss(*four, beta=args.beta)
+        case "hinge":
+            return hinge_loss(*four, beta=args.beta)
+        case "simpo":
+            return simpo_loss(chosen, rejected, beta=args.beta, simpo_gamma=args.simpo_gamma)
+        case "rrhf":
+            return rrhf_loss(chosen, rejected)
+        case _:
+            raise AssertionError(args.loss)
+
+
+def check_first_loss(args: argparse.Namespace, means: dict[str, Tensor], runtime: Runtime) -> None:
+    """Stop unless policy and reference agree before the first update: then the loss is known."""
+    if args.loss in REFERENCE_FREE:
+        return
+    name, expected = {
+        "dpo": ("ln 2", math.log(2)),
+        "ipo": ("1 / (4 beta^2)", 1 / (4 * args.beta**2)),
+        "hinge": ("1", 1.0),
+    }[args.loss]
+    loss = float(means["loss"] - args.sft_coeff * means.get("nll_loss", 0.0))
     # Rounding moves a sum of bfloat16 logprobs by some hundredths, which beta carries to the loss.
-    rounding = 1 + 5 * beta if runtime.precision == "bfloat16" else 1
-    if not abs(loss - math.log(2)) <= runtime.tolerance * rounding:
+    rounding = 1 + 10 * args.beta if runtime.precision == "bfloat16" else 1
+    if not abs(loss - expected) <= runtime.tolerance * rounding * max(1.0, expected):
         raise RunError(
-            f"the first loss is {loss:.5f}, not ln 2 = {math.log(2):.5f}: policy and reference"
+            f"the first loss is {loss:.5f}, not {name} = {expected:.5f}: policy and reference"
             " differ before any training"
         )
-
-
-def reference_fingerprint(
-    policy: PreTrainedModel, train: list[Pair], heldout: list[Pair], runtime: Runtime
-) -> str:
-    """Name what the reference's logprobs depend on: its weights, every id, the precision."""
-    digest = hashlib.sha256(f"{weights_fingerprint(policy)} {runtime.precision}".encode())
-    for pairs in (train, heldout):
-        for pair in pairs:
-            for ids in chain.from_iterable(pair):
-                digest.update(len(ids).to_bytes(8, "big"))
-                digest.update(array("q", ids))
-        digest.update(b"next side")
-    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -363,13 +420,13 @@ def evaluate(
     policy: PreTrainedModel,
     pad_id: int,
     runtime: Runtime,
-    heldout: list[Pair],
+    heldout: list[Comparison],
     ref_logprobs: Tensor,
     room: Room,
 ) -> dict[str, float]:
-    """Means over held-out pairs of what is logged in training."""
+    """Means over held-out comparisons of what is logged in training."""
     logprobs = all_logprobs(policy, pad_id, runtime, heldout, room)
-    terms = preference_terms(logprobs, ref_logprobs, args.beta)
+    terms = preference_terms(args, heldout, logprobs, ref_logprobs)
     return {f"eval_{name}": float(values.mean()) for name, values in terms.items()}
 
 

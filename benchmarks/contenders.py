@@ -20,6 +20,7 @@ import run_rm
 import run_sft
 from benchmarks.measuring import EOS, Pair
 from rlhf.batches import Room, sample_length
+from rlhf.comparisons import Comparison, all_logprobs
 from rlhf.generation import generate
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
@@ -56,10 +57,10 @@ def our_sft(model: PreTrainedModel, samples: list[Sample], runtime: Runtime) -> 
 def our_dpo(
     model: PreTrainedModel, reference: PreTrainedModel, pairs: list[Pair], runtime: Runtime
 ) -> float:
-    pairs = sorted(pairs, key=row_length)
-    ref_logprobs = run_dpo.all_logprobs(reference, EOS, runtime, pairs, ROOM)
-    settings = argparse.Namespace(beta=BETA)
-    means = run_dpo.add_gradient(settings, model, EOS, runtime, pairs, ref_logprobs, ROOM)
+    compared = [Comparison(list(pair), [(0, 1)]) for pair in sorted(pairs, key=row_length)]
+    ref_logprobs = all_logprobs(reference, EOS, runtime, compared, ROOM)
+    settings = argparse.Namespace(loss="dpo", beta=BETA, label_smoothing=0.0, sft_coeff=0.0)
+    means = run_dpo.add_gradient(settings, model, EOS, runtime, compared, ref_logprobs, ROOM)
     return float(means["loss"])
 
 

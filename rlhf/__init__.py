@@ -21,6 +21,7 @@
     prompts      what the policy is to answer
     actors       policy, reference and critic, loaded
     experience   a rollout as policy, reference and critic see it, token by token
+    comparisons  better and worse responses, and their logprobs under policy and reference
     rewards      a reward model's logit, or a Python function, to a score
     masked       means over real tokens
     advantages   scores and KL to rewards, rewards and values to advantages

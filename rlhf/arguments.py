@@ -84,6 +84,23 @@ positive = number(float, above=0)
 non_negative = number(float, least=0)
 
 
+def auto_or(kind: Callable[[str], int | float]) -> Callable[[str], int | float | str]:
+    """An argparse type: `auto`, or what another type takes.
+
+    >>> auto_or(positive)("auto"), auto_or(positive)("0.5")
+    ('auto', 0.5)
+    """
+
+    def parse(text: str) -> int | float | str:
+        try:
+            return text if text == "auto" else kind(text)
+        except argparse.ArgumentTypeError as error:
+            told = str(error).replace("must be", "must be auto or", 1)
+            raise argparse.ArgumentTypeError(told) from error
+
+    return parse
+
+
 def nonempty(text: str) -> str:
     """An argparse type: any text but the empty one, which an unset shell variable leaves."""
     if not text.strip():

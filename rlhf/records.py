@@ -63,11 +63,14 @@ class Schema(NamedTuple, Generic[Record]):
 
     texts: tuple[str, ...]
     scores: tuple[str, ...]
+    home: str  # the split that holds such records
 
 
-PROMPT: Schema[PromptRecord] = Schema((), ())
-SCORED: Schema[ScoredRecord] = Schema(("response",), ("score",))
-PAIR: Schema[PairRecord] = Schema(("chosen", "rejected"), ("chosen_score", "rejected_score"))
+PROMPT: Schema[PromptRecord] = Schema((), (), ".data/pref")
+SCORED: Schema[ScoredRecord] = Schema(("response",), ("score",), ".data/rm")
+PAIR: Schema[PairRecord] = Schema(
+    ("chosen", "rejected"), ("chosen_score", "rejected_score"), ".data/pref"
+)
 
 
 def scored_records(example: Example, *, best_only: bool) -> Iterator[ScoredRecord]:
@@ -263,7 +266,8 @@ def _checked(row: object, schema: Schema[Record], scale: tuple[float, float]) ->
         raise ValueError(f"expected a JSON object, not {_shown(row)}")
     for name in ("prompt", *schema.texts, *schema.scores):
         if name not in row:
-            raise ValueError(f"has no {name!r}, only {_shown(list(row))}")
+            where = f" (rows that have it are in {schema.home})" if name in schema.texts else ""
+            raise ValueError(f"has no {name!r}, only {_shown(list(row))}{where}")
     prompt = as_prompt(row["prompt"])
     fields: dict[str, Any] = {"source": "user", "prompt_id": prompt_id(prompt), **row}
     for name in (*schema.texts, "source", "prompt_id"):

@@ -46,6 +46,7 @@ def main(base: str, data: str, out: str, parents: str, number: str, *stages: str
         "sft": (run_sft, [f"--model_id={base}", "--batch_size=6", "--max_samples=57"]),
         "rm": (run_rm, ["--batch_size=4", "--loss=pairwise", "--num_epochs=1", "--max_samples=50"]),
         "dpo": (run_dpo, ["--batch_size=4", "--max_samples=29", "--gradient_checkpointing"]),
+        "rrhf": (run_dpo, ["--loss=rrhf", "--batch_size=4", "--max_samples=57"]),
         "lora": (
             run_sft,
             [f"--model_id={base}", "--batch_size=6", "--num_epochs=1", *LORA],
@@ -67,7 +68,7 @@ def main(base: str, data: str, out: str, parents: str, number: str, *stages: str
     clip = torch.nn.utils.clip_grad_norm_
     for stage in stages:
         script, options = runs[stage]
-        split = {"sft": "sft", "lora": "sft", "rm": "rm"}.get(stage, "pref")
+        split = {"sft": "sft", "lora": "sft", "rm": "rm", "rrhf": "rm"}.get(stage, "pref")
         if script is not run_sft:
             options = [*options, f"--sft_model_path={parents}/sft/best"]
         folder = [f"--ckpt_dir={out}/{stage}", f"--data_dir={data}/{split}", "--max_steps=10"]

@@ -61,6 +61,17 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "run_folder": {"checkpoints", "disk", "earlier", "processes", "sharding"},
     "metrics": {"disk", "processes"},
     "trunk": {"checkpoints", "lora", "models"},
+    "comparisons": {
+        "batches",
+        "checkpoints",
+        "heads",
+        "logprobs",
+        "models",
+        "processes",
+        "runtime",
+        "sharding",
+        "tokens",
+    },
     "memory": {"batches", "metrics"},
     "resume": {
         "batches",

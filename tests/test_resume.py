@@ -37,7 +37,7 @@ MOMENTS = [
     ("sft", "evaluate", 2),
     ("rm", "score_rows", 5),
     ("rm", "optimizer_step", 3),
-    ("dpo", "pair_logprobs", 8),
+    ("dpo", "response_logprobs", 8),
     ("dpo", "check_first_loss", 1),
     ("ppo", "roll_out", 3),
     ("ppo", "score_responses", 4),
