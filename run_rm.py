@@ -85,10 +85,7 @@ def build_parser() -> Parser:
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_target_len", type=count, default=1, help="least room for a response, in tokens")
     add(
-        "--batch_size",
-        type=positive_count,
-        default=16,
-        help="responses, pairs or prompts in a step",
+        "--batch_size", type=positive_count, default=16, help="responses (pairs, prompts) in a step"
     )
     add("--num_epochs", type=positive_count, default=3, help="passes over the data")
     add("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
@@ -267,9 +264,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                     metrics.add(
                         {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
                         epoch=done,
-                        num_tokens=sum(
-                            responses.lengths[row] for item in here for row in item.rows
-                        ),
+                        num_tokens=sum(responses.lengths[row] for row in rows_of(here)),
                     )
             results, reward = progress.fitting(judge)
             with progress.whole():

@@ -1,4 +1,4 @@
-"""What run_rm.py makes of pairs and of whole rankings, and what PPO makes of such a reward model."""
+"""What run_rm.py makes of pairs and of whole rankings, and what PPO makes of that."""
 
 import argparse
 import json
