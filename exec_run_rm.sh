@@ -18,6 +18,8 @@ exec "$PYTHON" run_rm.py \
     --dropout=0.0 \
     --max_reward=5.0 \
     --loss=regression \
+    --margin=false \
+    --center_coeff=0.0 \
     --use_peft=false \
     --lora_r=16 \
     --lora_alpha=32 \

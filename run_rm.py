@@ -2,6 +2,7 @@
 
     regression   (reward - target)^2, reward = 1 + (max_reward - 1) * sigmoid(logit)
     pairwise     -log sigmoid(logit(better) - logit(worse)), Bradley and Terry
+    listwise     the same, as a mean over the pairs of a prompt, whose responses come together
 
 The model is the SFT model with a head that gives one logit, read at the last token that isn't
 padding; where EOS pads, that is the one before EOS.
@@ -11,10 +12,9 @@ longer response: a model that stays below it has learned less than a ruler knows
 """
 
 import argparse
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain, combinations
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -23,12 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.arguments import (
     Parser,
+    add_boolean,
     add_lora_arguments,
     add_training_arguments,
     check_lora_arguments,
     command,
     count,
     lora_options,
+    non_negative,
     nonempty,
     number,
     positive,
@@ -40,7 +42,12 @@ from rlhf.batches import Room, build_batch, micro_batches, plan_epochs, sample_l
 from rlhf.errors import InputError, run_script
 from rlhf.evaluation import pair_accuracy, spearman
 from rlhf.lora import add_adapter, trained_share
-from rlhf.losses import pairwise_reward_loss, regression_reward_loss
+from rlhf.losses import (
+    centering_loss,
+    margin_reward_loss,
+    pairwise_reward_loss,
+    regression_reward_loss,
+)
 from rlhf.metrics import Metrics, say
 from rlhf.models import (
     LANGUAGE_MODEL,
@@ -51,6 +58,7 @@ from rlhf.models import (
 )
 from rlhf.optim import build_schedule, optimizer_step
 from rlhf.processes import main_first, share_of, sum_over_processes
+from rlhf.rankings import Ranking, rank_responses
 from rlhf.records import SCORED, changed_since_written, fingerprint, read_split, score_scale
 from rlhf.resume import Progress
 from rlhf.rewards import pairwise_reward, regression_reward, target_rewards
@@ -76,7 +84,9 @@ def build_parser() -> Parser:
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_target_len", type=count, default=1, help="least room for a response, in tokens")
-    add("--batch_size", type=positive_count, default=16, help="responses (or pairs) in a step")
+    add(
+        "--batch_size", type=positive_count, default=16, help="responses (pairs, prompts) in a step"
+    )
     add("--num_epochs", type=positive_count, default=3, help="passes over the data")
     add("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
     add(
@@ -86,8 +96,13 @@ def build_parser() -> Parser:
         help="share of steps in which the rate rises",
     )
     add("--max_reward", type=number(float, above=1), default=5.0, help="upper end of the rewards")
-    losses = ("regression", "pairwise")
-    add("--loss", choices=losses, default="regression", help="predict the score, or the better")
+    losses = ("regression", "pairwise", "listwise")
+    help = "predict the score, the better of two, or the order of a prompt's responses"
+    add("--loss", choices=losses, default="regression", help=help)
+    help = "ask for logits as far apart as the targets of a pair (pairwise, listwise)"
+    add_boolean(parser, "--margin", default=False, help=help)
+    help = "weight of a pull of the logits' mean to 0 (pairwise, listwise)"
+    add("--center_coeff", type=non_negative, default=0.0, help=help)
     add("--dropout", type=share, default=0.0, help="dropout probability")
     add_training_arguments(parser, log_step=10)
     add_lora_arguments(parser, dropout=0.05)
@@ -96,7 +111,13 @@ def build_parser() -> Parser:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
-    return check_lora_arguments(parser, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    for name in ("margin", "center_coeff"):
+        value = getattr(args, name)
+        if args.loss == "regression" and value != parser.get_default(name):
+            told = f"--{name}={str(value).lower()} is for --loss=pairwise and --loss=listwise"
+            parser.error(f"{told}: leave it out, or choose one of these")
+    return check_lora_arguments(parser, args)
 
 
 class Responses:
@@ -121,6 +142,7 @@ class Responses:
         kept = [(s, record) for s, record in zip(encoded, records, strict=True) if s]
         room = {"max_len": args.max_len, "min_len": args.min_target_len}
         say(count_dropped(len(kept), len(records), side=side, **room))
+        self.file = Path(args.data_dir) / f"{side}.jsonl"
         self.samples: list[Sample] = [sample for sample, _ in kept]
         self.lengths = [sample_length(sample) for sample in self.samples]
         self.scores = [record["score"] for _, record in kept]
@@ -129,17 +151,20 @@ class Responses:
             self.scores, scale=score_scale(args.data_dir), max_reward=args.max_reward
         )
 
-    def pairs(self) -> list[tuple[int, int]]:
-        """All pairs of rows (better, worse) that answer the same prompt with different scores."""
-        rows_of = defaultdict(list)
-        for row, prompt_id in enumerate(self.prompt_ids):
-            rows_of[prompt_id].append(row)
-        return [
-            (a, b) if self.scores[a] > self.scores[b] else (b, a)
-            for rows in rows_of.values()
-            for a, b in combinations(rows, 2)
-            if self.scores[a] != self.scores[b]
-        ]
+    def items(self, loss: str) -> list[Ranking]:
+        """What --batch_size counts: a response, a pair of them, or all those to one prompt.
+
+        Raises: InputError if nothing can be compared.
+        """
+        if loss == "regression":
+            return [Ranking([row], []) for row in range(len(self.samples))]
+        rankings = rank_responses(self.prompt_ids, self.scores)
+        if not rankings:
+            raise InputError(f"--loss={loss}: {self.file} has no two scores for one prompt")
+        if loss == "listwise":
+            return rankings
+        pairs = chain.from_iterable(ranking.row_pairs() for ranking in rankings)
+        return [Ranking([*pair], [(0, 1)]) for pair in pairs]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -170,11 +195,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     with main_first():
         responses = Responses(args, tokenizer, "train", args.max_samples)
         heldout = Responses(args, tokenizer, "eval", 0)
-    pairwise = args.loss == "pairwise"
-    # An item is what --batch_size counts: one response, or a pair of them, as row numbers.
-    items = responses.pairs() if pairwise else [(row,) for row in range(len(responses.samples))]
-    if pairwise and not (items and heldout.pairs()):
-        raise InputError(f"--loss=pairwise: {args.data_dir} has no two scores for one prompt")
+    items, judged = responses.items(args.loss), heldout.items(args.loss)
 
     pad_id = tokenizer.pad_token_id
     model = load_reward_model(
@@ -187,7 +208,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
     shard(model, zero_stage=runtime.zero_stage)
-    lengths = [max(responses.lengths[row] for row in item) for item in items]
+    lengths = [max(responses.lengths[row] for row in item.rows) for item in items]
     plan = plan_epochs(
         lengths,
         args.batch_size,
@@ -220,7 +241,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         save_every=args.save_every,
         seed=args.seed,
     ) as progress:
-        judge = partial(evaluate, args, model, heldout, pad_id, runtime)
+        judge = partial(evaluate, args, model, heldout, judged, pad_id, runtime)
         if not metrics.rows:
             results, reward = progress.fitting(judge)
             num_pairs, num_ties = reward["num_pairs"], reward["num_ties"]
@@ -238,12 +259,12 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                         [schedule],
                         loss,
                         max_gradient_norm=args.max_gradient_norm,
-                        where=f"step {metrics.step + 1}, rows {here}",
+                        where=f"step {metrics.step + 1}, rows {[item.rows for item in here]}",
                     )
                     metrics.add(
                         {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate},
                         epoch=done,
-                        num_tokens=sum(responses.lengths[row] for rows in here for row in rows),
+                        num_tokens=sum(responses.lengths[row] for row in rows_of(here)),
                     )
             results, reward = progress.fitting(judge)
             with progress.whole():
@@ -279,27 +300,56 @@ def add_gradient(
     responses: Responses,
     pad_id: int,
     runtime: Runtime,
-    items: list[tuple[int, ...]],
+    items: list[Ranking],
     room: Room,
 ) -> Tensor:
     """Add the gradient of an optimisation batch to the weights'; returns its loss."""
     loss = torch.zeros((), device=runtime.device)
     own = share_of(items)
-    lengths = [max(responses.lengths[row] for row in item) for item in own]
-    parts = micro_batches(lengths, room, sequences_per_row=len(items[0]))
+    lengths = [max(responses.lengths[row] for row in item.rows) for item in own]
+    most = max(len(item.rows) for item in items)
+    parts = micro_batches(lengths, room, sequences_per_row=most)
     for some, weight in in_step(model, own, parts, spare=items[0]):
-        # Pairs come as all better ones, then all worse ones.
-        rows = list(chain.from_iterable(zip(*some, strict=True)))
+        rows = rows_of(some)
         logits = run_whole(model, score_rows, responses, rows, pad_id, runtime)
-        if args.loss == "pairwise":
-            losses = pairwise_reward_loss(*logits.chunk(2))
-        else:
-            rewards = regression_reward(logits, max_reward=args.max_reward)
-            losses = regression_reward_loss(rewards, responses.targets[rows].to(logits.device))
+        losses = item_losses(args, some, logits, responses.targets[rows].to(logits.device))
         part_loss = weight * losses.sum() / len(items)
         part_loss.backward()
         loss += part_loss.detach()
     return sum_over_processes(loss)
+
+
+def rows_of(items: Sequence[Ranking]) -> list[int]:
+    """The rows of some items, one after another."""
+    return list(chain.from_iterable(item.rows for item in items))
+
+
+def item_losses(
+    args: argparse.Namespace,
+    items: Sequence[Ranking],
+    logits: Tensor,  # (S,)  of the items' rows, one after another
+    targets: Tensor,  # (S,)
+) -> Tensor:  # (number of items,)
+    """The objective of each item; of several pairs, the mean."""
+    if args.loss == "regression":
+        rewards = regression_reward(logits, max_reward=args.max_reward)
+        return regression_reward_loss(rewards, targets)
+    starts = accumulate((len(item.rows) for item in items), initial=0)
+    pairs = [
+        (owner, start + better, start + worse)
+        for owner, (start, item) in enumerate(zip(starts, items, strict=False))
+        for better, worse in item.pairs
+    ]
+    owners, better, worse = torch.tensor(pairs, device=logits.device).T  # (N,) each
+    if args.margin:
+        margins = targets[better] - targets[worse]
+        losses = margin_reward_loss(logits[better], logits[worse], margins)  # (N,)
+    else:
+        losses = pairwise_reward_loss(logits[better], logits[worse])  # (N,)
+    if args.center_coeff:
+        losses = losses + args.center_coeff * centering_loss(logits[better], logits[worse])
+    sums = torch.zeros(len(items), device=logits.device).index_add(0, owners, losses)
+    return sums / torch.bincount(owners)
 
 
 def score_rows(
@@ -315,6 +365,7 @@ def evaluate(
     args: argparse.Namespace,
     model: PreTrainedModel,
     heldout: Responses,
+    items: list[Ranking],
     pad_id: int,
     runtime: Runtime,
     room: Room,
@@ -332,13 +383,12 @@ def evaluate(
         logits[rows] += weight * run_whole(model, score_rows, heldout, rows, pad_id, runtime)
     logits = sum_over_processes(logits).cpu()
     logit_mean = float(logits.mean())
-    if args.loss == "pairwise":
-        better, worse = torch.tensor(heldout.pairs()).T
-        losses = pairwise_reward_loss(logits[better], logits[worse])
-        rewards = pairwise_reward(logits, logit_mean=logit_mean, max_reward=args.max_reward)
-    else:
+    if args.loss == "regression":
         rewards = regression_reward(logits, max_reward=args.max_reward)
-        losses = regression_reward_loss(rewards, heldout.targets)
+    else:
+        rewards = pairwise_reward(logits, logit_mean=logit_mean, max_reward=args.max_reward)
+    rows = rows_of(items)
+    losses = item_losses(args, items, logits[rows], heldout.targets[rows])
     accuracy = pair_accuracy(logits.tolist(), heldout.scores, heldout.prompt_ids)
     lengths = [len(sample.response_ids) for sample in heldout.samples]
     metrics = {

@@ -22,6 +22,7 @@ from benchmarks.measuring import EOS, Pair
 from rlhf.batches import Room, sample_length
 from rlhf.comparisons import Comparison, all_logprobs
 from rlhf.generation import generate
+from rlhf.rankings import Ranking
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
 from rlhf.tokens import Sample
@@ -68,8 +69,9 @@ def our_rm(model: PreTrainedModel, pairs: list[Pair], runtime: Runtime) -> float
     pairs = sorted(pairs, key=row_length)
     responses = argparse.Namespace(samples=both_sides(pairs))
     responses.lengths = [sample_length(sample) for sample in responses.samples]
-    items = [(row, row + len(pairs)) for row in range(len(pairs))]
-    settings = argparse.Namespace(loss="pairwise")
+    responses.targets = torch.zeros(len(responses.samples))  # a pair needs none
+    items = [Ranking([row, row + len(pairs)], [(0, 1)]) for row in range(len(pairs))]
+    settings = argparse.Namespace(loss="pairwise", margin=False, center_coeff=0.0)
     return float(run_rm.add_gradient(settings, model, responses, EOS, runtime, items, ROOM))
 
 

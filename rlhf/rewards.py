@@ -58,7 +58,7 @@ def pairwise_reward(logits: Tensor, *, logit_mean: float, max_reward: float) -> 
 class RewardFacts(NamedTuple):
     """What a reward model's `run.json` tells of its reward."""
 
-    loss: str  # "regression" or "pairwise"
+    loss: str  # "regression", "pairwise" or "listwise"
     max_reward: float
     logit_mean: float
     reward_mean: float
@@ -75,7 +75,7 @@ def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> R
     except (KeyError, TypeError) as error:
         raise InputError(f"{flag}: its run.json tells no reward; train it by run_rm.py") from error
     numbers = all(isinstance(fact, int | float) for fact in facts[1:])
-    if facts.loss not in ("regression", "pairwise") or not numbers:
+    if facts.loss not in ("regression", "pairwise", "listwise") or not numbers:
         raise InputError(f"{flag}: its run.json tells no usable reward ({facts})")
     if facts.max_reward != max_reward:
         raise InputError(

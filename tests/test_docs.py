@@ -79,6 +79,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "warmup_ratio": 0.0,
         "max_reward": 5.0,
         "loss": "regression",
+        "margin": False,
+        "center_coeff": 0.0,
         "dropout": 0.0,
         **TRAINING,
     },

@@ -107,9 +107,9 @@ def load_reward(path: str | Path, *, flag: str) -> Reward:
 
     def reward(sequences: Sequences) -> Tensor:
         logits = model(sequences.ids, attention_mask=sequences.mask.long()).logits[:, 0]
-        if loss == "pairwise":
-            return (logits - logit_mean).clamp(-max_reward, max_reward)
-        return 1 + (max_reward - 1) * torch.sigmoid(logits)
+        if loss == "regression":
+            return 1 + (max_reward - 1) * torch.sigmoid(logits)
+        return (logits - logit_mean).clamp(-max_reward, max_reward)
 
     return reward
 
