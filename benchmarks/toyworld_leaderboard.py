@@ -62,7 +62,7 @@ SAME_OPTIMUM = {
 OTHER_OPTIMUM = {
     "grpo": "GRPO",
     "cdpo": "cDPO, label smoothing 0.1",
-    "dpo-sft": "DPO + SFT term",
+    "dpo-sft": "DPO + SFT term, weight 0.1",
     "ipo": "IPO",
     "hinge": "hinge",
     "simpo": "SimPO",
@@ -128,12 +128,13 @@ def parse_args() -> argparse.Namespace:
 def trainers(world: World, share: Shares) -> dict[str, Callable[[], Path]]:
     """How the checkpoint of each method is made; nothing is trained before it is called."""
     gold: dict[str, Any] = {"reward_fn": "toyworld:gold_reward", "beta": BETA}
+    speed, slower = {"learning_rate": 2e-3}, {"learning_rate": 1e-3}
     judged = world.folder / "judged"  # the same rows, as a Bradley-Terry annotator scores them
     drawn = {"temperature": 1.5}
-    ppo = partial(world.ppo, **share.ppo)
+    ppo = partial(world.ppo, **share.ppo, **speed)
 
     def compared(advantage: str) -> Path:
-        return world.ppo(advantage, **share.groups, **gold, advantage=advantage)
+        return world.ppo(advantage, **share.groups, **speed, **gold, advantage=advantage)
 
     def learned(loss: str) -> Path:
         data, beta = world.folder / "data/rm", BETA
@@ -145,11 +146,11 @@ def trainers(world: World, share: Shares) -> dict[str, Callable[[], Path]]:
 
     def preferred(name: str, **settings: object) -> Path:
         data = world.pairs("pairs", **share.pairs, **drawn)
-        return world.dpo(name, **{"data_dir": data, "num_epochs": 3, **settings})
+        return world.dpo(name, data_dir=data, num_epochs=6, **{**speed, **settings})
 
-    def ranked(name: str, **settings: object) -> Path:
+    def ranked(name: str) -> Path:
         data = world.pairs("scored", **share.scored, **drawn, annotator="noiseless")
-        return world.dpo(name, data_dir=data, loss="rrhf", **settings)
+        return world.dpo(name, data_dir=data, loss="rrhf", num_epochs=3, batch_size=32, **slower)
 
     return {
         "ppo": lambda: ppo("ppo", **gold),
@@ -161,10 +162,10 @@ def trainers(world: World, share: Shares) -> dict[str, Callable[[], Path]]:
         "ppo-listwise": lambda: learned("listwise"),
         "dpo": lambda: preferred("dpo", beta=BETA / NOISE),
         "cdpo": lambda: preferred("cdpo", beta=BETA / NOISE, label_smoothing=0.1),
-        "dpo-sft": lambda: preferred("dpo-sft", beta=BETA / NOISE, sft_coeff=1.0),
-        "ipo": lambda: preferred("ipo", loss="ipo"),
-        "hinge": lambda: preferred("hinge", loss="hinge"),
-        "simpo": lambda: preferred("simpo", loss="simpo"),
+        "dpo-sft": lambda: preferred("dpo-sft", beta=BETA / NOISE, sft_coeff=0.1),
+        "ipo": lambda: preferred("ipo", loss="ipo", beta=0.2),
+        "hinge": lambda: preferred("hinge", loss="hinge", beta=0.2),
+        "simpo": lambda: preferred("simpo", loss="simpo", beta=1.0, simpo_gamma=0.5, **slower),
         "rrhf": lambda: ranked("rrhf"),
     }
 

@@ -1,7 +1,5 @@
 """The toy world's leaderboard: equal budgets, commands that the scripts take, intervals."""
 
-from pathlib import Path
-
 import pytest
 
 import load_dataset
@@ -49,7 +47,7 @@ def test_every_method_gets_the_same_number_of_samples(num_prompts, per_prompt):
     assert share.n * num_prompts == total
 
 
-def test_the_scripts_take_every_command_of_the_leaderboard(monkeypatch):
+def test_the_scripts_take_every_command_of_the_leaderboard(monkeypatch, tmp_path):
     commands = []
 
     def note(world: World, *command: str, **arguments: object) -> None:
@@ -57,11 +55,13 @@ def test_the_scripts_take_every_command_of_the_leaderboard(monkeypatch):
         commands.append([*command, f"--seed={world.seed}", *flags])
 
     monkeypatch.setattr(World, "run", note)
-    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
-    world = make_world(7, Path("world"))
+    world = make_world(7, tmp_path)
     made = {name: train() for name, train in trainers(world, shares(1536, 6)).items()}
     assert {*made, "best-of-n"} == set(METHODS)
     assert len(set(made.values())) == len(made)
+    for folder in (tmp_path, tmp_path / "judged"):  # load_dataset.py wants to see its source
+        folder.mkdir(exist_ok=True)
+        (folder / "ultrafeedback.jsonl").touch()
     for command in commands:
         name, *flags = command[1:] if command[0] == "-m" else command
         PARSERS[name](flags)
