@@ -26,7 +26,7 @@ from tests.faults.world import content
 
 ROOT = Path(__file__).parent.parent
 CUT_UP = ("sft", "rm", "dpo")  # by FSDP2
-STAGES = (*CUT_UP, "ppo", "lora")
+STAGES = (*CUT_UP, "ppo", "rloo", "lora")
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WAYS = [("whole", stage) for stage in STAGES]
 WAYS += [(way, stage) for way in ("zero2", "fsdp2") for stage in CUT_UP]
@@ -69,7 +69,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(root, base_path, data_dir) -> Path:
-    """All four trainers, and SFT of an adapter, by one process."""
+    """All four trainers, PPO without a critic, and SFT of an adapter, by one process."""
     out = root / "one"
     out.mkdir()
     paths = map(str, (base_path, data_dir, out, out))
