@@ -124,6 +124,7 @@ def test_relative_advantages_of_a_prompt_sum_to_0(relative):
     assert relative(totals).sum(dim=1).abs().max() < 1e-5
 
 
+@pytest.mark.claim(15)
 @pytest.mark.parametrize("relative", BY_HAND, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("num_responses", [2, 3, 7, 16])
 def test_equal_responses_have_no_advantage_and_no_noise(relative, num_responses):
@@ -131,6 +132,7 @@ def test_equal_responses_have_no_advantage_and_no_noise(relative, num_responses)
         assert not relative(torch.full((2, num_responses), value)).any()
 
 
+@pytest.mark.claim(14)
 @pytest.mark.parametrize("relative", BY_HAND, ids=lambda f: f.__name__)
 def test_other_prompts_never_change_a_relative_advantage(relative):
     totals = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
@@ -138,6 +140,7 @@ def test_other_prompts_never_change_a_relative_advantage(relative):
     assert all(torch.equal(together[[b]], relative(totals[[b]])) for b in range(6))
 
 
+@pytest.mark.claim(14)
 @pytest.mark.parametrize("relative", BY_HAND, ids=lambda f: f.__name__)
 def test_padding_never_changes_a_relative_advantage(relative):
     def of(width):
