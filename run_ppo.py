@@ -3,7 +3,8 @@
     maximise  E[score(prompt, response)] - beta * KL(policy || SFT model)
 
 Each step samples responses to a batch of prompts, scores them, and improves the policy by clipped
-updates on them, with a critic as baseline. Reads `.data/pref` (its prompts), writes a checkpoint
+updates on them. What they are measured against is a critic, or several responses to one prompt are
+measured against each other (--advantage). Reads `.data/pref` (its prompts), writes a checkpoint
 for every pass over the prompts into `.model/ppo`. In a healthy log `objective/scores` rises, while
 `objective/kl` grows slowly and levels off; `policy/clipfrac_avg` stays below about 0.2, and
 `val/ratio` near 1. A score that rises with a KL of tens of nats is a reward model being fooled.
