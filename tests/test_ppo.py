@@ -176,12 +176,6 @@ def test_beta_follows_the_kl_of_the_rollouts(ppo, tmp_path, experiences):
     assert logged[-1]["objective/beta"] != 0.2
 
 
-def test_a_fixed_beta_is_no_part_of_a_state(ppo, tmp_path):
-    """A run that an older version has begun goes on."""
-    for name, options, there in (("fixed", [], False), ("adaptive", ADAPTIVE, True)):
-        assert ("penalty.beta" in stopped_state(ppo, tmp_path / name, *options)) == there
-
-
 def test_evaluation_weighs_the_kl_by_beta_as_typed(ppo, tmp_path):
     ppo(tmp_path, *ADAPTIVE, "--learning_rate=1e-2")
     judged = [row for row in rows(tmp_path) if "eval_kl" in row]
