@@ -88,10 +88,7 @@ from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.sampling import Sampling
 from rlhf.tokens import early_end_ids
-from rlhf.trunk import (
-    SharedRewardModel,
-    require_shareable,
-)
+from rlhf.trunk import SharedRewardModel, require_shareable
 
 CONSOLE = [
     "objective/scores",
@@ -278,7 +275,8 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         compile=args.compile,
         **placed,
     )
-    modules = {"policy": policy, "critic": critic} if critic else {"policy": policy}
+    penalty = Penalty(args.beta).to(runtime.device)
+    modules = {"policy": policy, "penalty": penalty, **({"critic": critic} if critic else {})}
     if args.use_peft:
         say(trained_share(*modules.values()))
     sampling = build_sampling(args, tokenizer, policy)
@@ -315,9 +313,6 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         console=[*CONSOLE, "loss/value_avg"] if critic else CONSOLE,
     )
     schedules = build_schedules(args, policy, critic, plan)
-    penalty = Penalty(args.beta).to(runtime.device)
-    if args.kl_controller == "adaptive":
-        modules["penalty"] = penalty
     with Progress(
         folder,
         plan,

@@ -176,12 +176,6 @@ def test_beta_follows_the_kl_of_the_rollouts(ppo, tmp_path, experiences):
     assert logged[-1]["objective/beta"] != 0.2
 
 
-def test_a_fixed_beta_is_no_part_of_a_state(ppo, tmp_path):
-    """A run that an older version has begun goes on."""
-    for name, options, there in (("fixed", [], False), ("adaptive", ADAPTIVE, True)):
-        assert ("penalty.beta" in stopped_state(ppo, tmp_path / name, *options)) == there
-
-
 def test_evaluation_weighs_the_kl_by_beta_as_typed(ppo, tmp_path):
     ppo(tmp_path, *ADAPTIVE, "--learning_rate=1e-2")
     judged = [row for row in rows(tmp_path) if "eval_kl" in row]
@@ -232,8 +226,8 @@ def test_a_limit_that_is_never_reached_changes_nothing(ppo, tmp_path):
 
 
 def test_updates_end_before_the_step_whose_minibatch_has_gone_too_far(ppo, tmp_path, monkeypatch):
-    """Minibatches tell 0, 1, 9 and 9: with a limit of 5, the third is the first not to be taken."""
-    real, told = run_ppo.add_gradient, iter([0.0, 1.0, 9.0] * 3)
+    """Minibatches tell 9, 1 and 9: with a limit of 5 the third ends it; the first always counts."""
+    real, told = run_ppo.add_gradient, iter([9.0, 1.0, 9.0] * 3)
 
     def watched(*args):
         return {**real(*args), "policy/approxkl_avg": torch.tensor(next(told))}
@@ -241,7 +235,7 @@ def test_updates_end_before_the_step_whose_minibatch_has_gone_too_far(ppo, tmp_p
     monkeypatch.setattr(run_ppo, "add_gradient", watched)
     logged = ppo(tmp_path, "--early_stop_kl=5", "--num_inner_epoch=4")
     assert [row["num_updates"] for row in logged] == [2, 2, 2]
-    assert [row["policy/approxkl_avg"] for row in logged] == [0.5, 0.5, 0.5]  # of steps taken
+    assert [row["policy/approxkl_avg"] for row in logged] == [5.0, 5.0, 5.0]  # of steps taken
 
 
 # Stopped and gone on
