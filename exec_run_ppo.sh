@@ -37,6 +37,7 @@ exec "$PYTHON" run_ppo.py \
     --value_clip=0.0 \
     --critic=separate \
     --missing_eos_penalty=1.0 \
+    --normalize_reward=none \
     --eval_samples=256 \
     --use_peft=false \
     --lora_r=16 \

@@ -119,6 +119,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "value_clip": 0.0,
         "critic": "separate",
         "reward_fn": None,
+        "reward_label": None,
+        "normalize_reward": "none",
         "eval_samples": 256,
         **TRAINING,
         "log_step": 1,
