@@ -412,14 +412,14 @@ def gather(
     mask = rollout.batch.response_mask  # (B, R)
     beta = float(penalty.beta)
     rewards = token_rewards(scores, numbers.kl, mask, beta=beta, max_kl_div=args.max_kl_div)
+    # 4 advantage: how much better than the critic expected, in units of its spread; or, without
+    # one, than other responses to the prompt, for each token alike
     if args.advantage == "gae":
-        # 4 advantage: how much better than the critic expected, in units of its spread
         advantages, returns = gae(
             rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
         )  # (B, R) each
         advantages = masked_whiten(advantages, mask)
     else:
-        # 4 advantage: how much better than other responses to the prompt, for each token alike
         totals = rewards.sum(dim=1).view(-1, each)  # (prompts, responses to each)
         relative = GROUP_ADVANTAGES[args.advantage](totals).view(-1, 1)  # (B, 1)
         advantages, returns = relative * mask, None
