@@ -121,7 +121,11 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of order and sampling")
     add("--sft_model_path", type=nonempty, required=True, help="SFT checkpoint, also the reference")
-    add("--rm_model_path", type=nonempty, help="reward model; needed without --reward_fn")
+    add(
+        "--rm_model_path",
+        type=nonempty,
+        help="reward model or text classifier, if there is no --reward_fn",
+    )
     add("--ckpt_dir", type=nonempty, default=".model/ppo", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_reward", type=number(float, above=1), default=5.0, help="the reward model's own")
@@ -460,14 +464,14 @@ def gather(
         units.learn(scores)
     normalized, beta = units(scores), float(penalty.beta)
     rewards = token_rewards(normalized, numbers.kl, mask, beta=beta, max_kl_div=args.max_kl_div)
+    # 4 advantage: how much better than the critic expected, in units of its spread; or, without
+    # one, than other responses to the prompt, for each token alike
     if args.advantage == "gae":
-        # 4 advantage: how much better than the critic expected, in units of its spread
         advantages, returns = gae(
             rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
         )  # (B, R) each
         advantages = masked_whiten(advantages, mask)
     else:
-        # 4 advantage: how much better than other responses to the prompt, for each token alike
         totals = rewards.sum(dim=1).view(-1, each)  # (prompts, responses to each)
         relative = GROUP_ADVANTAGES[args.advantage](totals).view(-1, 1)  # (B, 1)
         advantages, returns = relative * mask, None
