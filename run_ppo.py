@@ -3,13 +3,15 @@
     maximise  E[score(prompt, response)] - beta * KL(policy || SFT model)
 
 Each step samples responses to a batch of prompts, scores them, and improves the policy by clipped
-updates on them, with a critic as baseline. Reads `.data/pref` (its prompts), writes a checkpoint
+updates on them. What they are measured against is a critic, or several responses to one prompt are
+measured against each other (--advantage). Reads `.data/pref` (its prompts), writes a checkpoint
 for every pass over the prompts into `.model/ppo`. In a healthy log `objective/scores` rises, while
 `objective/kl` grows slowly and levels off; `policy/clipfrac_avg` stays below about 0.2, and
 `val/ratio` near 1. A score that rises with a KL of tens of nats is a reward model being fooled.
 """
 
 import argparse
+import copy
 import math
 import random
 from collections.abc import Sequence
@@ -41,6 +43,12 @@ from rlhf.arguments import (
 )
 from rlhf.batches import Batch, PlannedBatch, Room, micro_batches_by_length, plan_epochs
 from rlhf.checkpoints import read_run
+from rlhf.classifiers import (
+    Classifier,
+    load_classifier,
+    read_classifier,
+    score_by_classifier,
+)
 from rlhf.errors import InputError, run_script
 from rlhf.experience import (
     Experience,
@@ -78,19 +86,18 @@ from rlhf.resume import Progress
 from rlhf.rewards import (
     RewardFacts,
     Scorer,
+    ScoreScale,
     file_of,
     read_reward_facts,
     score_by_function,
     score_by_model,
+    stored_scale,
 )
 from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.sampling import Sampling
 from rlhf.tokens import early_end_ids
-from rlhf.trunk import (
-    SharedRewardModel,
-    require_shareable,
-)
+from rlhf.trunk import SharedRewardModel, require_shareable
 
 CONSOLE = [
     "objective/scores",
@@ -114,7 +121,11 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of order and sampling")
     add("--sft_model_path", type=nonempty, required=True, help="SFT checkpoint, also the reference")
-    add("--rm_model_path", type=nonempty, help="reward model; needed without --reward_fn")
+    add(
+        "--rm_model_path",
+        type=nonempty,
+        help="reward model or text classifier, if there is no --reward_fn",
+    )
     add("--ckpt_dir", type=nonempty, default=".model/ppo", help="folder for checkpoints")
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_reward", type=number(float, above=1), default=5.0, help="the reward model's own")
@@ -152,6 +163,11 @@ def build_parser() -> Parser:
     add("--value_clip", type=non_negative, default=0.0, help="clip range of values (0 = off)")
     add("--critic", choices=("separate", "shared"), default="separate", help="own trunk or not")
     add("--reward_fn", type=nonempty, help="file.py:function or module:function")
+    help = "which label's logit is the reward, of a text classifier: its name or number"
+    add("--reward_label", type=nonempty, help=help)
+    units = ("none", "stored", "running")
+    help = "units of scores: their own, the reward model's stored spread, or that of all so far"
+    add("--normalize_reward", choices=units, default="none", help=help)
     add("--eval_samples", type=count, default=256, help="held-out prompts to judge by (0 = all)")
     add_training_arguments(parser, log_step=1, unit="rollouts")
     add_lora_arguments(parser, dropout=0.0)
@@ -165,6 +181,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.rm_model_path and not args.reward_fn:
         parser.error("one of --rm_model_path and --reward_fn is required")
+    if args.reward_fn and args.reward_label is not None:
+        told = f"--reward_label={args.reward_label} is for a text classifier as reward model"
+        parser.error(f"{told}: leave it out, or --reward_fn")
+    if args.reward_fn and args.normalize_reward == "stored":
+        parser.error("--normalize_reward=stored: --reward_fn has nothing stored; give running")
     if 0 < args.max_new_tokens < args.min_gen_len:
         limits = f"--max_new_tokens={args.max_new_tokens} is less than --min_gen_len"
         parser.error(f"{limits}={args.min_gen_len}: no response could end")
@@ -199,14 +220,28 @@ def check_advantage(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"{told}: leave --{name} out")
 
 
-def check_reward_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> RewardFacts:
-    """Check that the reward model fits, before any weights are read."""
+def check_reward_model(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> RewardFacts | Classifier:
+    """Check that the reward model fits, before any weights are read.
+
+    What run_rm.py has not trained may be any text classifier.
+    """
     flag, path = "--rm_model_path", args.rm_model_path
+    run = read_run(path, flag=flag)
+    if run.get("stage") != "rm":
+        if args.normalize_reward == "stored":
+            told = f"--normalize_reward=stored: {flag}={path} is not of run_rm.py"
+            raise InputError(f"{told} and has no mean and spread stored; give running")
+        return read_classifier(path, flag=flag, label=args.reward_label)
+    if args.reward_label is not None:
+        told = f"--reward_label={args.reward_label}: {flag}={path} is of run_rm.py"
+        raise InputError(f"{told} and has one logit; leave --reward_label out")
     own = load_tokenizer(path, flag=flag, kind=REWARD_MODEL, max_len=args.max_len)
     require_same_tokenizer(tokenizer, own, flag=flag)
     if args.share_trunk:
         require_shareable(path, flag=flag, sft_path=args.sft_model_path)
-    return read_reward_facts(read_run(path, flag=flag), path=path, max_reward=args.max_reward)
+    return read_reward_facts(run, path=path, max_reward=args.max_reward)
 
 
 def build_sampling(
@@ -253,12 +288,15 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None:
     flag, sft_path = "--sft_model_path", args.sft_model_path
     tokenizer = load_tokenizer(sft_path, flag=flag, kind=LANGUAGE_MODEL, max_len=args.max_len)
-    rm_path, mean_reward = None, 0.0
+    rm_path, mean_reward, scale = None, 0.0, ScoreScale()
     if args.reward_fn:
         score = score_by_function(args.reward_fn)
-    else:
-        reward_facts = check_reward_model(args, tokenizer)
-        rm_path, mean_reward = args.rm_model_path, reward_facts.reward_mean
+    elif isinstance(known := check_reward_model(args, tokenizer), RewardFacts):
+        rm_path, mean_reward = args.rm_model_path, known.reward_mean
+        if args.normalize_reward == "stored":
+            scale = stored_scale(known, path=rm_path)
+    if args.normalize_reward != "none":
+        mean_reward = 0.0  # in its units
     limits = {"max_len": args.max_len, "min_len": args.min_gen_len}
     read = partial(load_prompts, args.data_dir, tokenizer=tokenizer, **limits)
     with main_first():
@@ -277,18 +315,25 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         compile=args.compile,
         **placed,
     )
-    modules = {"policy": policy, "critic": critic} if critic else {"policy": policy}
+    penalty = Penalty(args.beta).to(runtime.device)
+    modules = {"policy": policy, "penalty": penalty, "scale": scale.to(runtime.device)}
+    if critic:
+        modules["critic"] = critic
     if args.use_peft:
         say(trained_share(*modules.values()))
     sampling = build_sampling(args, tokenizer, policy)
     actors = Actors(policy, ref_policy, critic, sampling, runtime)
+    flag = "--rm_model_path"
     if rm_path:
-        flag = "--rm_model_path"
         if args.share_trunk:
             reward_model = SharedRewardModel(policy, rm_path, flag=flag)
         else:
             reward_model = load_reward_model(rm_path, flag=flag, **placed)
-        score = score_by_model(reward_model, reward_facts, runtime=runtime)
+        score = score_by_model(reward_model, known, runtime=runtime)
+    elif not args.reward_fn:
+        classifier, model = load_classifier(known, flag=flag, device=runtime.device)
+        say(classifier.told(max_len=args.max_len))
+        score = score_by_classifier(classifier, model, runtime=runtime)
     set_generation_defaults(policy, tokenizer, **sampling.generation_config())
 
     plan = plan_epochs(
@@ -298,7 +343,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         max_steps=args.max_steps,
         seed=args.seed,
     )
-    judge = partial(evaluate, args, actors, tokenizer, score, heldout)
+    judge = partial(evaluate, args, actors, tokenizer, score, scale, heldout)
     # Whatever may fail does so here, before an earlier run is moved away.
     untrained = None
     if folder.standing == "new":
@@ -314,9 +359,6 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         console=[*CONSOLE, "loss/value_avg"] if critic else CONSOLE,
     )
     schedules = build_schedules(args, policy, critic, plan)
-    penalty = Penalty(args.beta).to(runtime.device)
-    if args.kl_controller == "adaptive":
-        modules["penalty"] = penalty
     with Progress(
         folder,
         plan,
@@ -329,13 +371,13 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     ) as progress:
         if not metrics.rows:
             metrics.add_epoch(0, untrained or progress.fitting(judge))
-            if args.reward_fn and critic:
+            if critic and not rm_path and args.normalize_reward == "none":
                 torch.nn.init.constant_(critic.head.bias, metrics.rows[0]["eval_scores"])
         for epoch, batches in progress.left():
             for rows, done in batches:
                 # 1 to 4: rollout, score, reward, advantage
                 experience = Experience.of(progress.carried) or gather(
-                    args, actors, tokenizer, prompts, score, progress, rows, penalty
+                    args, actors, tokenizer, prompts, score, scale, progress, rows, penalty
                 )
                 # 5 update: several passes of clipped gradient steps over the rollout
                 asked = [row for row in rows for _ in range(args.num_responses)]  # (B,)
@@ -348,6 +390,8 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                 num_tokens = int(experience.rollout.batch.mask.sum())
                 with progress.whole():
                     progress.carried = {}
+                    if args.normalize_reward == "running":  # once, however often it was sampled
+                        scale.learn(experience.scores)
                     skip_steps(schedules, num_updates(args, len(rows)) - num_taken)
                     if args.kl_controller == "adaptive":
                         report["objective/beta"], kl = penalty.beta, seen["objective/kl"]
@@ -393,6 +437,7 @@ def gather(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     score: Scorer,
+    scale: ScoreScale,
     progress: Progress,
     rows: list[int],
     penalty: Penalty,
@@ -414,21 +459,26 @@ def gather(
     # From here on, every process has the whole rollout.
     rollout, numbers, scores = join_processes(rollout, numbers, scores, size=len(names))
     mask = rollout.batch.response_mask  # (B, R)
-    beta = float(penalty.beta)
-    rewards = token_rewards(scores, numbers.kl, mask, beta=beta, max_kl_div=args.max_kl_div)
+    units = copy.deepcopy(scale)
+    if args.normalize_reward == "running":  # of all scores so far, these included
+        units.learn(scores)
+    normalized, beta = units(scores), float(penalty.beta)
+    rewards = token_rewards(normalized, numbers.kl, mask, beta=beta, max_kl_div=args.max_kl_div)
+    # 4 advantage: how much better than the critic expected, in units of its spread; or, without
+    # one, than other responses to the prompt, for each token alike
     if args.advantage == "gae":
-        # 4 advantage: how much better than the critic expected, in units of its spread
         advantages, returns = gae(
             rewards, numbers.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
         )  # (B, R) each
         advantages = masked_whiten(advantages, mask)
     else:
-        # 4 advantage: how much better than other responses to the prompt, for each token alike
         totals = rewards.sum(dim=1).view(-1, each)  # (prompts, responses to each)
         relative = GROUP_ADVANTAGES[args.advantage](totals).view(-1, 1)  # (B, 1)
         advantages, returns = relative * mask, None
     learning_rate = torch.tensor(progress.schedules[0].get_last_lr()[0], dtype=torch.float64)
-    return Experience(rollout, numbers, scores, rewards, advantages, returns, learning_rate)
+    return Experience(
+        rollout, numbers, scores, normalized, rewards, advantages, returns, learning_rate
+    )
 
 
 def score_responses(
@@ -573,10 +623,14 @@ def evaluate(
     actors: Actors,
     tokenizer: PreTrainedTokenizerBase,
     score: Scorer,
+    scale: ScoreScale,
     heldout: Prompts,
     room: Room,
 ) -> dict[str, float]:
-    """Judge the policy on fixed prompts with fixed noise: score, KL, and their balance."""
+    """Judge the policy on fixed prompts with fixed noise: score, KL, and their balance.
+
+    All in the scores' own units, in which training's objective is so many times as large.
+    """
     actors = actors._replace(critic=None)
     columns: list[Tensor] = []
     everything = range(len(heldout.ids))
@@ -595,7 +649,7 @@ def evaluate(
     return {
         "eval_scores": float(scores.mean()),
         "eval_kl": float(kl.mean()),
-        "eval_objective": float((scores - args.beta * kl).mean()),
+        "eval_objective": float((scores - args.beta * float(scale.std) * kl).mean()),
         "eval_length": float(lengths.mean()),
         "eval_eos_rate": float(ended.mean()),
     }

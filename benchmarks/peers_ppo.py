@@ -47,7 +47,7 @@ from rlhf.batches import PlannedBatch, Room
 from rlhf.experience import Penalty
 from rlhf.models import load_reward_model
 from rlhf.prompts import Prompts
-from rlhf.rewards import RewardFacts, score_by_model
+from rlhf.rewards import RewardFacts, ScoreScale, score_by_model
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
 
@@ -183,7 +183,7 @@ def our_ppo(task: Task, sft_path: str, rm_path: str) -> Step:
 
     def iterate() -> float:
         experience = run_ppo.gather(
-            args, actors, tokenizer, prompts, score, progress, rows, penalty
+            args, actors, tokenizer, prompts, score, ScoreScale(), progress, rows, penalty
         )
         mask = experience.mask  # (B, R)
         assert mask.all() and mask.shape[1] == NEW_TOKENS

@@ -23,6 +23,7 @@
     experience   a rollout as policy, reference and critic see it, token by token
     comparisons  better and worse responses, and their logprobs under policy and reference
     rewards      a reward model's logit, or a Python function, to a score
+    classifiers  any text classifier's logit to a score
     masked       means over real tokens
     advantages   scores and KL to rewards, rewards and values to advantages
     losses       one function for each equation

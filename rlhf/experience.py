@@ -54,6 +54,7 @@ class Experience(NamedTuple):
     rollout: Rollout
     numbers: Numbers
     scores: Tensor  # (B,)
+    normalized: Tensor  # (B,)  the scores in the units of the rewards
     rewards: Tensor
     advantages: Tensor
     returns: Tensor | None  # None without a critic
@@ -241,7 +242,7 @@ def rollout_metrics(experience: Experience, *, max_kl_div: float) -> dict[str, T
 
     `objective/*` are sums over a response, averaged over responses.
     """
-    rollout, numbers, scores, rewards, _, returns, _ = experience
+    rollout, numbers, scores, normalized, rewards, _, returns, _ = experience
     mask, ended = rollout.batch.response_mask, rollout.ended
     kl = sequence_logprobs(numbers.kl, mask)  # (B,)
     # k3 estimates the same KL, as long as no token is cut off, and is never negative; but as a
@@ -252,7 +253,7 @@ def rollout_metrics(experience: Experience, *, max_kl_div: float) -> dict[str, T
         "objective/kl_k3": k3.mean(),
         "objective/entropy": -sequence_logprobs(numbers.logprobs, mask).mean(),
         "objective/scores": scores.mean(),
-        "objective/non_score_reward": (rewards.sum(dim=1) - scores).mean(),
+        "objective/non_score_reward": (rewards.sum(dim=1) - normalized).mean(),
         "objective/rlhf_reward": rewards.sum(dim=1).mean(),
         "policy/entropy_avg": masked_mean(numbers.entropy, mask),
         "kept_mass": masked_mean(numbers.kept_mass, mask),

@@ -90,10 +90,14 @@ def read_config(path: str, *, flag: str, kind: str, max_len: int) -> PretrainedC
         raise InputError(
             f"{flag}={path}: {architecture} reads more than text; give a model of text alone"
         )
-    positions = next((n for x in POSITIONS if isinstance(n := getattr(config, x, None), int)), 0)
-    if 0 < positions < max_len:
+    if 0 < (positions := positions_of(config)) < max_len:
         raise InputError(f"--max_len={max_len}: {path} has only {positions} positions; lower it")
     return config
+
+
+def positions_of(config: PretrainedConfig) -> int:
+    """Count the tokens that a model can read; 0 if its config tells no end."""
+    return next((n for x in POSITIONS if isinstance(n := getattr(config, x, None), int)), 0)
 
 
 def load_tokenizer(
@@ -105,12 +109,19 @@ def load_tokenizer(
     """
     config = read_config(path, flag=flag, kind=kind, max_len=max_len)
     tokenizer = prepare_tokenizer(from_pretrained(AutoTokenizer, path, flag), chat_template)
+    require_known_ids(tokenizer, config, path=path, flag=flag)
+    return tokenizer
+
+
+def require_known_ids(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, *, path: str, flag: str
+) -> None:
+    """Stop if a tokenizer has ids that the model doesn't know. Raises: InputError."""
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"{flag}={path}: the tokenizer has {len(tokenizer)} tokens, the model only"
             f" {config.vocab_size}; they do not belong together"
         )
-    return tokenizer
 
 
 def require_same_tokenizer(

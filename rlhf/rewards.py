@@ -1,4 +1,4 @@
-"""Scores: from annotators, from a reward model's logit, from a Python function."""
+"""Scores: from annotators, from a reward model's logit, from a Python function; and their units."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.batches import Batch, Room, micro_batches_by_length
@@ -17,6 +17,8 @@ from rlhf.errors import InputError, RunError
 from rlhf.models import reward_logits
 from rlhf.runtime import Runtime
 
+LEAST_VARIANCE = 1e-8  # equal scores differ by rounding alone, which must not become a reward
+Row = tuple[str, str, bool]  # prompt, response, whether it ended by itself
 # prompts, responses, the same as ids, which responses ended by themselves, room -> (B,)
 Scorer = Callable[[list[str], list[str], Batch, Tensor, Room], Tensor]
 
@@ -55,6 +57,78 @@ def pairwise_reward(logits: Tensor, *, logit_mean: float, max_reward: float) -> 
     return (logits - logit_mean).clamp(-max_reward, max_reward)
 
 
+def normalized_scores(
+    scores: Tensor,  # (B,)
+    mean: Tensor,  # ()
+    std: Tensor,  # ()
+) -> Tensor:  # (B,)
+    """Scores in units of their spread: an affine map, so that the same responses stay the best.
+
+        (score - mean) / std
+
+    The penalty `beta` then weighs against spreads instead of the reward model's own units.
+
+    >>> normalized_scores(torch.tensor([1.0, 4.0]), torch.tensor(2.0), torch.tensor(2.0))
+    tensor([-0.5000,  1.0000])
+    """
+    return ((scores - mean) / std).to(scores.dtype)
+
+
+def merged_moments(
+    num: Tensor,  # ()  how many scores there were before
+    mean: Tensor,  # ()  theirs, and their unbiased variance
+    variance: Tensor,  # ()
+    scores: Tensor,  # (B,)
+) -> tuple[Tensor, Tensor, Tensor]:  # num, mean, variance: () each, of all
+    """Mean and unbiased variance of more scores than are at hand.
+
+        d = mean(scores) - mean,  n = num + B
+        mean' = mean + d * B / n
+        (n - 1) variance' = (num - 1) variance + (B - 1) var(scores) + d^2 * num * B / n
+
+    In float64. One score alone has variance 0.
+
+    Source: Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for
+    computing sample variances", equation 2.1.
+
+    >>> one = torch.tensor(1), torch.tensor(5.0), torch.tensor(0.0)
+    >>> [float(x) for x in merged_moments(*one, torch.tensor([1.0, 3.0]))]  # of 5, 1 and 3
+    [3.0, 3.0, 4.0]
+    """
+    scores, size = scores.double(), len(scores)
+    total, difference = num + size, scores.mean() - mean
+    squares = (num - 1).clamp(min=0) * variance + (scores - scores.mean()).square().sum()
+    squares = squares + difference.square() * num * size / total
+    return total, mean + difference * size / total, squares / (total - 1).clamp(min=1)
+
+
+class ScoreScale(nn.Module):
+    """The units in which training sees the scores; part of a run's state where they are learned."""
+
+    num: Tensor  # ()  how many scores they are learned from
+    mean: Tensor  # ()
+    variance: Tensor  # ()
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        for name, value in {"num": 0.0, "mean": mean, "variance": std**2}.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+
+    @property
+    def std(self) -> Tensor:  # ()
+        """One unit, in those of the scores."""
+        return self.variance.clamp(min=LEAST_VARIANCE).sqrt()
+
+    def forward(self, scores: Tensor) -> Tensor:  # (B,) -> (B,)
+        """Give scores in these units."""
+        return normalized_scores(scores, self.mean, self.std)
+
+    def learn(self, scores: Tensor) -> None:  # (B,)
+        """Take scores into account beside those that were."""
+        moments = merged_moments(self.num, self.mean, self.variance, scores)
+        self.num, self.mean, self.variance = moments
+
+
 class RewardFacts(NamedTuple):
     """What a reward model's `run.json` tells of its reward."""
 
@@ -62,6 +136,7 @@ class RewardFacts(NamedTuple):
     max_reward: float
     logit_mean: float
     reward_mean: float
+    reward_std: float | None = None  # None: of a checkpoint from before it was stored
 
 
 def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> RewardFacts:
@@ -71,10 +146,12 @@ def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> R
     """
     flag = f"--rm_model_path={path}"
     try:
-        facts = RewardFacts(*(run["reward"][name] for name in RewardFacts._fields))
+        told = run["reward"]
+        needed = [told[name] for name in RewardFacts._fields[:-1]]
+        facts = RewardFacts._make([*needed, told.get("reward_std")])
     except (KeyError, TypeError) as error:
         raise InputError(f"{flag}: its run.json tells no reward; train it by run_rm.py") from error
-    numbers = all(isinstance(fact, int | float) for fact in facts[1:])
+    numbers = all(isinstance(fact, int | float) for fact in needed[1:])
     if facts.loss not in ("regression", "pairwise", "listwise") or not numbers:
         raise InputError(f"{flag}: its run.json tells no usable reward ({facts})")
     if facts.max_reward != max_reward:
@@ -82,6 +159,19 @@ def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> R
             f"--max_reward={max_reward:g}: {flag} was trained with {facts.max_reward:g}"
         )
     return facts
+
+
+def stored_scale(facts: RewardFacts, *, path: str) -> ScoreScale:
+    """Take the units that a reward model had on held-out responses.
+
+    Raises: InputError if it tells none, or has none.
+    """
+    if not facts.reward_std or not facts.reward_std > 0:
+        raise InputError(
+            f"--normalize_reward=stored: --rm_model_path={path} tells no spread of its rewards"
+            f" (reward_std={facts.reward_std}); train it anew by run_rm.py, or give running"
+        )
+    return ScoreScale(facts.reward_mean, facts.reward_std)
 
 
 def score_by_model(model: PreTrainedModel, facts: RewardFacts, *, runtime: Runtime) -> Scorer:
@@ -117,23 +207,51 @@ def score_by_function(spec: str) -> Scorer:
     except ValueError:  # some functions written in C tell nothing
         wants_ended = False
 
+    def call(rows: Sequence[Row]) -> list[Any]:
+        prompts, responses, ended = map(list, zip(*rows, strict=True))
+        options = {"ended": ended} if wants_ended else {}
+        return list(function(prompts, responses, **options))
+
     def score(
         prompts: list[str], responses: list[str], batch: Batch, ended: Tensor, room: Room
     ) -> Tensor:
-        options = {"ended": ended.tolist()} if wants_ended else {}
+        rows = list(zip(prompts, responses, ended.tolist(), strict=True))
         try:
-            values = [float(value) for value in function(prompts, responses, **options)]
+            values = call(rows)
         except Exception as error:  # whatever it is, it is the function's
-            cause = f"{type(error).__name__}: {error}"
-            raise RunError(f"{flag} raised {cause}; the first prompt: {prompts[0]!r}") from error
+            raise RunError(f"{flag} raised {first_failure(call, rows, error)}") from error
         if len(values) != len(prompts):
-            raise RunError(f"{flag} returned {len(values)} numbers for {len(prompts)} prompts")
-        for prompt, value in zip(prompts, values, strict=True):
-            if not math.isfinite(value):
-                raise RunError(f"{flag} returned {value} for the prompt {prompt!r}")
-        return torch.tensor(values, device=ended.device)
+            told = f"{len(values)} numbers for {len(prompts)} prompts, the first of which is"
+            raise RunError(f"{flag} returned {told} {prompts[0]!r}; it must return one for each")
+        scores = torch.tensor([as_number(value) for value in values])
+        for prompt, value, is_finite in zip(prompts, values, scores.isfinite(), strict=True):
+            if not is_finite:
+                told = f"{value!r:.80} for the prompt {prompt!r}"
+                raise RunError(f"{flag} returned {told}; it must return a finite number for each")
+        return scores.to(ended.device)
 
     return score
+
+
+def as_number(value: Any) -> float:
+    """Take what a function returned for a number; nan if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+
+
+def first_failure(
+    call: Callable[[Sequence[Row]], Any], rows: Sequence[Row], error: Exception
+) -> str:
+    """Tell what was raised, and for which prompt, by asking for one at a time."""
+    for row in rows:
+        try:
+            call([row])
+        except Exception as own:
+            return f"{type(own).__name__}: {own} for the prompt {row[0]!r}"
+    together = f"{len(rows)} prompts at once, and for none of them alone"
+    return f"{type(error).__name__}: {error} for {together}; the first is {rows[0][0]!r}"
 
 
 def file_of(spec: str) -> str:

@@ -238,7 +238,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) ->
 
 
 def template_pieces(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], **options: Any
 ) -> list[list[str]]:
     """Write prompts by the tokenizer's own template, cut where user text holds a special token.
 
@@ -259,7 +259,7 @@ def template_pieces(
             # Templates look for `</think>` in what the assistant has said.
             pattern = in_answers if message["role"] == "assistant" else elsewhere
             messages.append({**message, "content": pattern.sub(stand_in, message["content"])})
-        pieces = STAND_IN.split(render(tokenizer, messages, add_generation_prompt=True))
+        pieces = STAND_IN.split(render(tokenizer, messages, **options))
         pieces[1::2] = [strings[int(number)] for number in pieces[1::2]]
         rows.append(pieces)
     return rows

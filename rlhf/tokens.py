@@ -8,7 +8,7 @@ looks like, `rlhf.templates` tells.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -75,7 +75,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Tokenise prompts up to where the response begins."""
     if not has_tags(tokenizer):
-        return encode_by_template(tokenizer, prompts, data_dir)
+        return encode_by_template(tokenizer, prompts, data_dir, add_generation_prompt=True)
     pieces = [prompt_pieces(prompt) for prompt in prompts]
     encoded = iter(encode_texts(tokenizer, [text for texts in pieces for text in texts], data_dir))
     bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
@@ -92,12 +92,14 @@ def encode_by_template(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     data_dir: str | Path | None = None,
+    **options: Any,
 ) -> list[list[int]]:
-    """Tokenise prompts as the tokenizer's own template writes them.
+    """Tokenise prompts, or whole conversations, as the tokenizer's own template writes them.
 
-    A prompt without a special token's name is tokenised whole, as other tools do.
+    `options` are the template's. A prompt without a special token's name is tokenised whole, as
+    other tools do.
     """
-    rows = template_pieces(tokenizer, prompts)
+    rows = template_pieces(tokenizer, prompts, **options)
     prompt_ids = encode_texts(tokenizer, [pieces[0] for pieces in rows], data_dir, kind=START)
     for ids, pieces in zip(prompt_ids, rows, strict=True):
         rest = encode_texts(tokenizer, pieces[2::2], kind=REST)

@@ -22,8 +22,11 @@ from rlhf.sharding import whole
 # Batches do not divide the rows: each run ends in one that leaves the second process less, or none.
 COMMON = ["--max_len=64", "--learning_rate=1e-5", "--log_step=1", "--dtype=float32"]
 
-
 LORA = ["--use_peft", "--lora_dropout=0"]
+# Without --top_k each process keeps as many ids of a token as it needs.
+PPO = ["--temperature=1.0", "--top_k=0", "--top_p=0.9", "--max_new_tokens=12", "--minibatch_size=4"]
+RLOO = ["--advantage=rloo", "--num_responses=4", "--kl_controller=adaptive"]
+RLOO += ["--early_stop_kl=1e-12"]  # after one step: all processes must see it
 
 
 def keep_gradients(path: Path) -> None:
@@ -42,6 +45,7 @@ def keep_gradients(path: Path) -> None:
 
 
 def main(base: str, data: str, out: str, parents: str, number: str, *stages: str) -> None:
+    reward = [f"--rm_model_path={parents}/rm/best"]
     runs = {
         "sft": (run_sft, [f"--model_id={base}", "--batch_size=6", "--max_samples=57"]),
         "rm": (run_rm, ["--batch_size=4", "--loss=pairwise", "--num_epochs=1", "--max_samples=50"]),
@@ -51,19 +55,8 @@ def main(base: str, data: str, out: str, parents: str, number: str, *stages: str
             run_sft,
             [f"--model_id={base}", "--batch_size=6", "--num_epochs=1", *LORA],
         ),
-        "ppo": (
-            run_ppo,
-            [
-                f"--rm_model_path={parents}/rm/best",
-                "--batch_size=6",
-                "--max_samples=25",
-                "--minibatch_size=4",
-                "--temperature=1.0",
-                "--top_k=0",  # then each process keeps as many ids of a token as it needs
-                "--top_p=0.9",
-                "--max_new_tokens=12",
-            ],
-        ),
+        "ppo": (run_ppo, [*PPO, *reward, "--batch_size=6", "--max_samples=25"]),
+        "rloo": (run_ppo, [*PPO, *reward, *RLOO, "--batch_size=3", "--max_samples=10"]),
     }
     clip = torch.nn.utils.clip_grad_norm_
     for stage in stages:

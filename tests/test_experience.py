@@ -143,7 +143,8 @@ def test_rollout_metrics_worked_by_hand():
             batch=SimpleNamespace(response_mask=mask), ended=torch.tensor([True, False])
         ),
         numbers,
-        torch.tensor([2.0, 4.0]),
+        torch.tensor([7.0, 11.0]),
+        torch.tensor([2.0, 4.0]),  # (score - 3) / 2
         torch.tensor([[-0.05, 2.1], [3.9, 0.0]]),  # beta 0.1
         advantages=torch.zeros(2, 2),
         returns=torch.tensor([[1.0, 0.0], [-1.0, 0.0]]),  # values: the logprobs
@@ -154,7 +155,7 @@ def test_rollout_metrics_worked_by_hand():
         "objective/kl": 0.25,  # ((0.5 - 1) + 1) / 2
         "objective/kl_k3": ((0.60653 - 1 + 0.5) + (2.71828 - 1 - 1) + (0.36788 - 1 + 1)) / 2,
         "objective/entropy": 3.0,
-        "objective/scores": 3.0,
+        "objective/scores": 9.0,
         "objective/non_score_reward": -0.025,
         "objective/rlhf_reward": 2.975,
         "policy/entropy_avg": 1.0,

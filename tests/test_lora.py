@@ -499,9 +499,12 @@ def compare(ours, theirs):
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
-def test_a_run_on_one_trunk_equals_one_on_several(lineage, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    "critic", [["--value_loss_coeff=0"], ["--advantage=rloo", "--num_responses=2"]]
+)
+def test_a_run_on_one_trunk_equals_one_on_several(lineage, data_dir, tmp_path, critic):
     """With a critic that stays what it is: two adapters of one function learn differently."""
-    options = [*OPTIONS["ppo"], "--value_loss_coeff=0", "--max_steps=0", "--minibatch_size=8"]
+    options = [*OPTIONS["ppo"], *critic, "--max_steps=0", "--minibatch_size=8"]
     plain = run("ppo", lineage, data_dir, *options, ckpt_dir=tmp_path / "plain")
     shared = run("ppo", lineage, data_dir, *options, "--share_trunk", ckpt_dir=tmp_path / "shared")
     compare(shared, plain)

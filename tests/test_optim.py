@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from rlhf.errors import RunError
-from rlhf.optim import build_schedule, optimizer_step, schedule_factor
+from rlhf.optim import build_schedule, optimizer_step, schedule_factor, skip_steps
 
 
 @pytest.mark.claim(26)
@@ -18,6 +18,20 @@ def test_schedule_ends_at_zero_after_the_last_step(num_warmup):
     falling = factors[num_warmup:]
     steps = [a - b for a, b in pairwise(falling)]
     assert steps == pytest.approx([1 / (10 - num_warmup)] * len(steps))
+
+
+def test_steps_that_are_skipped_count_for_the_schedule_and_leave_no_gradient():
+    weight = Parameter(torch.tensor([1.0]))
+    schedule = build_schedule([weight], learning_rate=0.1, num_steps=4, warmup_ratio=0.0)
+    (2 * weight).sum().backward()
+    optimizer_step([schedule], weight.sum(), max_gradient_norm=1.0, where="step 1")
+    after = weight.item()
+    weight.sum().backward()
+    skip_steps([schedule], 2)
+    assert schedule.get_last_lr() == pytest.approx([0.025])  # 1 of 4 steps is left
+    assert weight.grad is None and weight.item() == after
+    skip_steps([schedule], 1)
+    assert schedule.get_last_lr() == [0.0]
 
 
 def test_warmup_longer_than_the_run_only_rises():

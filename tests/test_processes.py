@@ -26,7 +26,7 @@ from tests.faults.world import content
 
 ROOT = Path(__file__).parent.parent
 CUT_UP = ("sft", "rm", "dpo")  # by FSDP2
-STAGES = (*CUT_UP, "ppo", "lora", "rrhf")
+STAGES = (*CUT_UP, "ppo", "rloo", "lora", "rrhf")
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WAYS = [("whole", stage) for stage in STAGES]
 WAYS += [(way, stage) for way in ("zero2", "fsdp2") for stage in CUT_UP]
@@ -70,7 +70,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(root, base_path, data_dir) -> Path:
-    """All four trainers, SFT of an adapter, and another loss, by one process."""
+    """All four trainers, PPO without a critic, SFT of an adapter, and another loss, by one."""
     out = root / "one"
     out.mkdir()
     paths = map(str, (base_path, data_dir, out, out))

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +14,15 @@ from rlhf.errors import InputError, RunError
 from rlhf.models import load_reward_model, reward_logits
 from rlhf.rewards import (
     RewardFacts,
+    ScoreScale,
+    merged_moments,
+    normalized_scores,
     pairwise_reward,
     read_reward_facts,
     regression_reward,
     score_by_function,
     score_by_model,
+    stored_scale,
     target_rewards,
 )
 from rlhf.runtime import Runtime
@@ -77,6 +82,7 @@ def test_a_model_scores_by_the_formula_that_its_run_json_names(base_path, sample
         logits = reward_logits(model, batch, pad_id=0)
     assert logits.std() > 0.01
     expected = {"regression": 1 + 4 / (1 + torch.exp(-logits)), "pairwise": logits - 0.5}
+    expected["listwise"] = expected["pairwise"]
     for loss, rewards in expected.items():
         facts = RewardFacts(**(FACTS | {"loss": loss}))
         for size in (0, 1, 2):
@@ -87,8 +93,17 @@ def test_a_model_scores_by_the_formula_that_its_run_json_names(base_path, sample
 
 
 def test_reward_facts_are_read_from_run_json():
-    run = {"stage": "rm", "reward": {**FACTS, "reward_std": 0.1}}
-    assert read_reward_facts(run, path="rm/best", max_reward=5.0) == RewardFacts(**FACTS)
+    run = {"stage": "rm", "reward": {**FACTS, "reward_std": 0.1, "num_ties": 3}}
+    facts = read_reward_facts(run, path="rm/best", max_reward=5.0)
+    assert facts == RewardFacts(**FACTS, reward_std=0.1)
+
+
+def test_a_checkpoint_without_a_spread_serves_where_it_is_not_asked_for():
+    facts = read_reward_facts({"reward": FACTS}, path="rm/best", max_reward=5.0)
+    assert facts == RewardFacts(**FACTS, reward_std=None)
+    for std in (None, 0.0, math.nan):
+        with pytest.raises(InputError, match=r"--normalize_reward=stored: .*=rm/best .*running$"):
+            stored_scale(facts._replace(reward_std=std), path="rm/best")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +125,56 @@ def test_reward_facts_that_cannot_be_used_are_refused(change):
 def test_max_reward_must_be_the_reward_models_own():
     with pytest.raises(InputError, match=r"--max_reward=4.*--rm_model_path=rm/best.* 5$"):
         read_reward_facts({"reward": FACTS}, path="rm/best", max_reward=4.0)
+
+
+# Units
+
+
+def test_scores_are_left_alone_bit_for_bit_where_no_units_are_asked_for():
+    scores = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ScoreScale()(scores), scores)
+
+
+def test_stored_units_are_the_reward_models_own():
+    facts = RewardFacts(**{**FACTS, "reward_mean": 3.25}, reward_std=0.5)
+    scale = stored_scale(facts, path="rm/best")
+    # (4.25 - 3.25) / 0.5 and (3 - 3.25) / 0.5
+    scores = scale(torch.tensor([4.25, 3.0]))
+    assert scores.tolist() == [2.0, -0.5] and scores.dtype == torch.float32
+    assert normalized_scores(*torch.tensor([[7.0], [1.0], [3.0]])).item() == 2.0
+    assert float(scale.std) == 0.5
+
+
+def test_running_units_are_mean_and_unbiased_deviation_of_all_scores():
+    rng = np.random.default_rng(0)
+    chunks = [rng.normal(1e4, 0.5, size) for size in (1, 7, 2, 64)]  # far from 0: cancellation
+    scale = ScoreScale()
+    for i in range(len(chunks)):
+        scale.learn(torch.tensor(chunks[i]))
+        seen = np.concatenate(chunks[: i + 1])
+        assert float(scale.mean) == pytest.approx(seen.mean(), rel=1e-12)
+        if len(seen) > 1:
+            assert float(scale.std) == pytest.approx(seen.std(ddof=1), rel=1e-9)
+    assert int(scale.num) == 74
+
+
+def test_moments_worked_by_hand():
+    # 1 and 3 have mean 2 and variance 2; with 8 and 4: mean 4, (9 + 1 + 16 + 0) / 3.
+    before = torch.tensor(2), torch.tensor(2.0), torch.tensor(2.0)
+    moments = merged_moments(*before, torch.tensor([8.0, 4.0]))
+    assert [float(x) for x in moments] == pytest.approx([4.0, 4.0, 26 / 3])
+
+
+def test_equal_scores_do_not_blow_up():
+    scale = ScoreScale()
+    for _ in range(3):
+        scores = torch.full((5,), 0.1)
+        scale.learn(scores)
+        assert scale(scores).abs().max() < 1e-6
+    # A single first score has no spread either.
+    alone = ScoreScale()
+    alone.learn(torch.tensor([7.0]))
+    assert alone(torch.tensor([7.0])).item() == 0.0
 
 
 # Reward functions
@@ -182,6 +247,18 @@ def does_not(prompts, responses):
     assert call(f"{path}:does_not", *two).tolist() == [7.0, 7.0]
 
 
+def test_whoever_fails_is_told_whether_its_response_ended(tmp_path):
+    source = "def f(prompts, responses, ended):\n    return [1 / end for end in ended]\n"
+    path = write_module(tmp_path, source)
+    with pytest.raises(RunError, match=r"raised ZeroDivisionError: .* for the prompt 'q'"):
+        call(f"{path}:f", ["p", "q"], ["r", "s"], [True, False])
+
+
+def test_a_function_may_return_booleans(tmp_path):
+    path = write_module(tmp_path, "def f(prompts, responses):\n    return [True, False]\n")
+    assert call(f"{path}:f", ["p", "q"], ["r", "s"], [True] * 2).tolist() == [1.0, 0.0]
+
+
 def test_a_function_may_return_a_tensor_or_whole_numbers(tmp_path):
     path = write_module(
         tmp_path,
@@ -193,13 +270,26 @@ def test_a_function_may_return_a_tensor_or_whole_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [1.0]", r"returned 1 numbers for 2 prompts"),
-        ("return [1.0, 2.0, 3.0]", r"returned 3 numbers for 2 prompts"),
+        ("return [1.0]", r"returned 1 numbers for 2 prompts, the first of which is 'first'"),
+        ("return [1.0, 2.0, 3.0]", r"returned 3 numbers for 2 prompts, the first of which is"),
         ("return [1.0, float('nan')]", r"returned nan for the prompt 'second'"),
         ("return [float('-inf'), 1.0]", r"returned -inf for the prompt 'first'"),
-        ("return {}['x']", r"raised KeyError: 'x'; the first prompt: 'first'"),
-        ("return None", r"raised TypeError: .*; the first prompt: 'first'"),
-        ("return ['good', 'bad']", r"raised ValueError: .*'good'; the first prompt: 'first'"),
+        ("return [1.0, 1e300]", r"returned 1e\+300 for the prompt 'second'"),  # beyond float32
+        ("return [1.0, 10**400]", r"returned 1000.* for the prompt 'second'"),
+        ("return [True, None]", r"returned None for the prompt 'second'"),
+        ("return ['good', 'bad']", r"returned 'good' for the prompt 'first'"),
+        ("return [0, [1, 2]]", r"returned \[1, 2\] for the prompt 'second'"),
+        ("return {}['x']", r"raised KeyError: 'x' for the prompt 'first'"),
+        ("return None", r"raised TypeError: .* for the prompt 'first'"),
+        (
+            "return [1 / ('second' not in prompts)] * len(prompts)",
+            r"raised ZeroDivisionError: .* for the prompt 'second'",
+        ),
+        (
+            "return [1 / (len(prompts) < 2)]",
+            r"raised ZeroDivisionError: .* for 2 prompts at once, and for none of them alone; the"
+            r" first is 'first'",
+        ),
     ],
 )
 def test_a_function_that_fails_stops_the_run_and_names_the_prompt(body, message, tmp_path):

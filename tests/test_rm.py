@@ -30,7 +30,6 @@ LOGITS = torch.tensor([0.5, 2.0, -1.0, 3.0, 1.0])
 TARGETS = torch.tensor([2.0, 5.0, 2.0, 1.0, 2.5])
 
 
-@pytest.mark.claim(6)
 def test_a_prompt_counts_once_however_many_pairs_it_has():
     # Pairs of the first prompt: 2 - 0.5 and 2 - (-1); of the second: 1 - 3.
     expected = [(bradley_terry(1.5) + bradley_terry(3.0)) / 2, bradley_terry(-2.0)]

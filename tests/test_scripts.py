@@ -24,6 +24,7 @@ import run_rm
 import run_sft
 from rlhf import actors
 from rlhf.batches import build_batch, epoch_order
+from rlhf.disk import write_checksums
 from rlhf.errors import InputError, RunError
 from rlhf.models import load_reward_model, reward_logits
 from rlhf.optim import optimizer_step
@@ -612,7 +613,6 @@ def test_reward_model_of_another_tokenizer_is_refused(lineage, data_dir, tmp_pat
     shutil.copytree(lineage / "rm/best", other)
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"Ġ', '"Ä'))
-    (other / "SHA256SUMS").unlink()
-    (other / "run.json").unlink()  # as of a model from elsewhere
+    write_checksums(other)
     with pytest.raises(InputError, match="tokenizer, chat template or pad token differs"):
         run("ppo", lineage, data_dir, f"--rm_model_path={other}", ckpt_dir=tmp_path / "out")
