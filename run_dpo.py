@@ -143,7 +143,7 @@ def load_comparisons(
 ) -> list[Comparison]:
     """Read what is compared: pairs, or all scored responses to each prompt.
 
-    What is too long is dropped: a response alone if others to its prompt are left, else the pair.
+    A pair goes if either response has no room. In `rrhf` a response drops only itself.
     """
     sizes = {"max_len": args.max_len, "min_len": args.min_gen_len}
     encode = partial(encode_samples, tokenizer, **sizes, data_dir=args.data_dir)

@@ -12,7 +12,7 @@ from rlhf.comparisons import Comparison, response_logprobs
 from rlhf.disk import read_record, replace_record
 from rlhf.errors import InputError, RunError
 from rlhf.runtime import Runtime
-from rlhf.tokens import Sample
+from rlhf.tokens import Sample, decode_response
 from tests.conftest import write_jsonl
 from tests.faults.world import content
 from tests.test_resume import send_signal_at
@@ -129,16 +129,42 @@ def test_rrhf_compares_all_responses_to_a_prompt_the_best_one_first(tokenizer, g
     assert "please" in tokenizer.decode(first.samples[0].response_ids)
 
 
-def test_a_response_that_is_too_long_leaves_its_prompt_to_the_others(tokenizer, tmp_path):
-    fact = {"source": "x", "prompt": "Name it."}
-    rows = [{**fact, "response": text, "score": s} for text, s in (("A.", 9), ("B.", 5), ("C.", 1))]
-    for side in ("train", "eval"):
-        write_jsonl(tmp_path / f"{side}.jsonl", rows)
-    options = [f"--data_dir={tmp_path}", "--max_len=64"]
-    (whole,) = run_dpo.load_comparisons(settings("rrhf", *options), tokenizer, "train", 0)
-    assert whole.pairs == [(0, 1), (0, 2), (1, 2)]
-    (part,) = run_dpo.load_comparisons(settings("rrhf", *options), tokenizer, "train", 2)
-    assert part.pairs == [(0, 1)]
+@pytest.fixture
+def answers(tokenizer, tmp_path):
+    """What is read of three answers to one prompt, the middle one best; some have no room."""
+    texts, scores = ("Two.", "It is one, I think.", "No idea."), (5, 9, 1)
+    rows = [
+        {"prompt": "Name it.", "response": text, "score": score}
+        for text, score in zip(texts, scores, strict=True)
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    encode = run_dpo.encode_samples
+
+    def read(monkeypatch, *without_room):
+        def some(*args, **kwargs):
+            found = encode(*args, **kwargs)
+            return [None if i in without_room else x for i, x in enumerate(found)]
+
+        monkeypatch.setattr(run_dpo, "encode_samples", some)
+        args = settings("rrhf", f"--data_dir={tmp_path}", "--max_len=64")
+        found = run_dpo.load_comparisons(args, tokenizer, "train", 0)
+        return [
+            ([decode_response(tokenizer, x.response_ids) for x in some.samples], some.pairs)
+            for some in found
+        ]
+
+    return read
+
+
+def test_rrhf_takes_the_responses_of_a_prompt_from_best_to_worst(answers, monkeypatch):
+    ranked = ["It is one, I think.", "Two.", "No idea."]
+    assert answers(monkeypatch) == [(ranked, [(0, 1), (0, 2), (1, 2)])]
+
+
+def test_a_response_without_room_leaves_its_prompt_to_the_others(answers, monkeypatch):
+    assert answers(monkeypatch, 1) == [(["Two.", "No idea."], [(0, 1)])]
+    with pytest.raises(InputError, match="different scores"):
+        answers(monkeypatch, 1, 2)
 
 
 # What comes out
@@ -193,6 +219,15 @@ def test_rrhf_sums_over_the_pairs_of_a_prompt_and_imitates_the_best():
     assert terms["rewards/rejected"].tolist() == pytest.approx([-4 / 3, -3.0])
     bare = run_dpo.preference_terms(settings("rrhf", "--sft_coeff=0"), comparisons, logprobs, ref)
     assert bare["loss"].tolist() == pytest.approx([1.5, 0.0]) and "nll_loss" not in bare
+
+
+def test_label_smoothing_counts_a_share_of_the_pairs_the_other_way():
+    logprobs, ref = torch.tensor([[-4.0, -6.0]]), torch.tensor([[-6.0, -5.0]])
+    args = settings("dpo", "--label_smoothing=0.25")
+    terms = run_dpo.preference_terms(args, compared([4, 2]), logprobs, ref)
+    # 0.2 * 3 = 0.6: 0.75 * ln(1 + e^-0.6) + 0.25 * ln(1 + e^0.6) = 0.437488 + 0.25 * 0.6
+    assert terms["loss"].item() == pytest.approx(0.587488, abs=1e-5)
+    assert terms["rewards/margins"].item() == pytest.approx(0.6)
 
 
 def test_sft_term_is_the_mean_cross_entropy_of_the_chosen_response():
