@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.toyworld_runs import (
@@ -48,6 +49,7 @@ PICTURE = ROOT / "docs/toyworld_leaderboard.png"
 BETA = 0.2  # of E[r] - beta * KL, which is what all are judged by
 GROUP = 4  # responses to a prompt at a time, where they are compared with each other
 ROLLOUT = 256  # responses in a rollout
+NEAR_BEST = 0.3  # the half of the picture with the best: gold reward from there on
 
 # Those whose optimum is the one that the share is measured by, and those that want something else.
 SAME_OPTIMUM = {
@@ -195,27 +197,37 @@ def results_table(records: list[Record], methods: dict[str, str]) -> str:
 
 
 def draw(records: list[Record]) -> None:
-    """Draw the mean of each method over seeds under the mean frontier, each seed faintly."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axis = figure.subplots()
+    """Draw the mean of each method over seeds under the mean frontier, each seed faintly.
+
+    Once all of them, and once those near the best.
+    """
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    whole, near = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    judged = [record for record in records if record["method"] != "optimum"]
+    best = [r for r in judged if r["reward"] > max(s["reward"] for s in judged) - NEAR_BEST]
+    for axis, shown in ((whole, judged), (near, best)):
+        draw_methods(axis, records)
+        draw_frontier(axis, mean_frontier(records))
+        kl, reward = ([r[name] for r in shown] for name in ("kl", "reward"))
+        axis.set_xlim(0.9 * min(kl), 1.05 * max(kl))
+        margin = (max(reward) - min(reward)) / 20
+        axis.set_ylim(min(reward) - margin, max(reward) + 2 * margin)
+    near.set_ylabel("")
+    near.set_title("near the best")
+    figure.legend(*near.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def draw_methods(axis: Axes, records: list[Record]) -> None:
     for marker, methods in FAMILIES.items():
         for color, method in zip(COLORS, methods, strict=False):
             some = [r for r in records if r["method"] == method]
             kl, reward = ([r[name] for r in some] for name in ("kl", "reward"))
-            axis.plot(kl, reward, marker, color=color, markersize=4, alpha=0.35, linewidth=0)
-            axis.plot(
-                statistics.mean(kl),
-                statistics.mean(reward),
-                marker,
-                color=color,
-                markersize=8,
-                markeredgecolor="black",
-                markeredgewidth=0.6,
-                label=METHODS[method],
-            )
-    draw_frontier(axis, mean_frontier(records))
-    figure.legend(loc="outside right upper", fontsize=9)
-    figure.savefig(PICTURE, dpi=120)
+            axis.plot(kl, reward, marker, color=color, markersize=4, alpha=0.5)
+            mean = statistics.mean(kl), statistics.mean(reward)
+            edge = {"markeredgecolor": "black", "markeredgewidth": 0.6}
+            label = METHODS[method]
+            axis.plot(*mean, marker, color=color, markersize=9, alpha=0.9, label=label, **edge)
 
 
 def main(args: argparse.Namespace) -> None:

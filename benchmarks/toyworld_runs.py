@@ -1,6 +1,7 @@
 """What the benchmarks on the toy world share: a world for every seed, its exam, and the figures."""
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -9,7 +10,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,9 +152,18 @@ def make_world(seed: int, folder: Path) -> World:
 def measure_seeds(
     judge: Callable[[Namespace, int, Path], list[Record]], args: Namespace
 ) -> list[Record]:
-    """Let `judge` train and judge every seed, `--jobs` of them at a time, a core each."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
+    """Let `judge` train and judge every seed, `--jobs` of them at a time, a core each.
+
+    Each in a process of its own: transformers cannot load two models at once in two threads, and
+    gives both of them weights that nobody trained.
+    """
+    workers = ProcessPoolExecutor(
+        args.jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    with tempfile.TemporaryDirectory() as temporary, workers as pool:
         work_dir = Path(args.work_dir or temporary).resolve()
         jobs = [pool.submit(judge, args, s, work_dir / f"seed{s}") for s in args.seeds]
         return [record for job in jobs for record in job.result()]
