@@ -7,12 +7,12 @@ well, which cannot be switched off.
 """
 
 import copy
+import importlib
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import transformers
-import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 
@@ -32,26 +32,48 @@ KINDS = {"sft": "SFT", "dpo": "DPO", "rm": "Reward"}
 COLUMNS = {"sft": ["text"], "dpo": ["prompt", "chosen", "rejected"], "rm": ["chosen", "rejected"]}
 
 
+def build_trainer(
+    kind: str,
+    model: Any,
+    columns: list[str],
+    *,
+    module: str = "trl",
+    settings: dict[str, Any],
+    **parts: Any,
+) -> Any:
+    """Build a trainer of TRL, which changes what it is given; its data set is not used."""
+    home = importlib.import_module(module)
+    config = getattr(home, f"{kind}Config")(
+        output_dir=tempfile.mkdtemp(),
+        report_to="none",
+        use_cpu=model.device.type == "cpu",
+        disable_tqdm=True,
+        **{"bf16": False, "gradient_checkpointing": False, **settings},  # theirs: on
+    )
+    return getattr(home, f"{kind}Trainer")(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([dict.fromkeys(columns, "x x")]),
+        processing_class=tokenizer_for_trl(),
+        **parts,
+    )
+
+
 def trl_step(
     stage: str, model: Any, reference: Any, dtype: str, *, checkpointing: bool = False
 ) -> Callable[[list[Any]], float]:
-    """Build a trainer around copies, since it changes what it is given; returns its step."""
-    kind = KINDS[stage]
-    config = getattr(trl, f"{kind}Config")(
-        output_dir=tempfile.mkdtemp(),
-        report_to="none",
-        bf16=dtype == "bfloat16",
-        use_cpu=model.device.type == "cpu",
-        gradient_checkpointing=checkpointing,
-        disable_tqdm=True,
-        **({"beta": BETA} if stage == "dpo" else {}),
-    )
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model=copy.deepcopy(model),
-        args=config,
-        train_dataset=Dataset.from_list([dict.fromkeys(COLUMNS[stage], "x x")]),  # not used
-        processing_class=tokenizer_for_trl(),
-        **({"ref_model": copy.deepcopy(reference)} if stage == "dpo" else {}),
+    """Build a trainer around copies, and return its step."""
+    is_dpo = stage == "dpo"
+    trainer = build_trainer(
+        KINDS[stage],
+        copy.deepcopy(model),
+        COLUMNS[stage],
+        settings={
+            "bf16": dtype == "bfloat16",
+            "gradient_checkpointing": checkpointing,
+            **({"beta": BETA} if is_dpo else {}),
+        },
+        **({"ref_model": copy.deepcopy(reference)} if is_dpo else {}),
     )
     trainer.current_gradient_accumulation_steps = 1  # set by `train`, which is not called
 

@@ -1,6 +1,7 @@
 """The exact optimum of the toy world, against brute force, an identity and plain sampling."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from toyworld.optimum import (
     Exam,
     Question,
     Tree,
+    best_of_n,
     exact_figures,
     expectation,
     graded_leaves,
@@ -144,6 +146,67 @@ def test_no_policy_lies_above_the_frontier():
     curve = Exam([question], SMALL, 1.0, 1).frontier([0.01, 0.1, 1.0, 10.0])
     assert curve == sorted(curve, reverse=True)  # a smaller beta buys reward with KL
     assert [kl for kl, _ in curve] == sorted({kl for kl, _ in curve}, reverse=True)
+
+
+def test_best_of_two_worked_by_hand():
+    """Rewards 1, 2, 2, 3 with chances 1/2, 1/8, 1/8, 1/4; F is 1/2, 3/4, 1."""
+    p = torch.tensor([1 / 2, 1 / 8, 1 / 8, 1 / 4], dtype=torch.float64).log()
+    rewards = torch.tensor([1.0, 2.0, 2.0, 3.0])
+    # F(r)^2 - F(r-)^2 = 1/4, 9/16 - 1/4, 1 - 9/16; the two of reward 2 share alike.
+    expected = [4 / 16, 2.5 / 16, 2.5 / 16, 7 / 16]
+    assert best_of_n(p, rewards, n=2).exp().tolist() == pytest.approx(expected, abs=1e-12)
+    assert torch.equal(best_of_n(p, rewards, n=1), p)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_best_of_n_equals_brute_force_on_a_world_of_three_tokens(n):
+    """Every way to draw n responses, and who is the best of them; equals share the draw."""
+    question = small_question()[1]
+    rewards = question.rewards.round()  # so that many are equal
+    p = question.start_logprobs.exp().tolist()
+    expected = [0.0] * len(p)
+    for drawn in itertools.product(range(len(p)), repeat=n):
+        chance = math.prod(p[leaf] for leaf in drawn)
+        best = max(float(rewards[leaf]) for leaf in drawn)
+        winners = [leaf for leaf in drawn if float(rewards[leaf]) == best]
+        for leaf in winners:
+            expected[leaf] += chance / len(winners)
+    found = best_of_n(question.start_logprobs, rewards, n=n)
+    assert found.exp().tolist() == pytest.approx(expected, abs=1e-12)
+    assert found.isneginf().tolist() == question.start_logprobs.isneginf().tolist()
+
+
+def test_best_of_n_agrees_with_sampling():
+    p, question = small_question()
+    drawn = torch.multinomial(
+        p.exp(), 40_000 * 4, replacement=True, generator=torch.Generator().manual_seed(0)
+    ).view(-1, 4)
+    best = question.rewards[drawn].amax(dim=1)
+    exact = float(expectation(best_of_n(p, question.rewards, n=4), question.rewards))
+    assert abs(float(best.mean()) - exact) < 4 * float(best.std()) / 40_000**0.5
+
+
+@pytest.mark.parametrize("n", [2, 6, 100])
+def test_best_of_n_costs_at_most_log_n_less_its_share(n):
+    """The bound is reached where no two rewards are equal and no response is likely."""
+    bound = math.log(n) - (n - 1) / n
+    p, question = small_question()
+    q = best_of_n(p, question.rewards, n=n)
+    assert 0 < float(expectation(q, q - p)) < bound
+    even = torch.full((200_000,), -math.log(200_000), dtype=torch.float64)
+    q = best_of_n(even, torch.arange(200_000), n=n)
+    assert float(q.exp().sum()) == pytest.approx(1.0, abs=1e-9)
+    assert float(expectation(q, q - even)) == pytest.approx(bound, abs=0.01)
+
+
+def test_the_figures_of_best_of_n_are_of_the_reference_as_it_is_sampled():
+    _, question = small_question()
+    exam = Exam([question], SMALL, 1.0, 1)
+    (one,) = exam.best_of(1, beta=0.2)
+    assert share_of_gain([one]) == pytest.approx(0.0, abs=1e-12)
+    (many,) = exam.best_of(100_000, beta=0.2)
+    possible = question.rewards[~question.start_logprobs.isneginf()]
+    assert many.reward == pytest.approx(float(possible.max()), abs=1e-6)
 
 
 def test_exact_reward_agrees_with_sampling():

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 
 from rlhf.disk import write_checksums
 from rlhf.errors import InputError
-from rlhf.records import PAIR, read_split
+from rlhf.records import PAIR, SCORED, read_split
 from rlhf.templates import prepare_tokenizer
 from rlhf.tokens import encode_samples
 from toyworld import gold_reward, pairs, report
@@ -543,3 +544,39 @@ def test_the_better_of_two_is_chosen_by_bradley_terry(
 def test_a_noiseless_annotator_gives_no_pairs_of_equals(checkpoints: Path, tmp_path: Path) -> None:
     rows = draw_pairs(checkpoints, tmp_path / "pairs", "--annotator=noiseless")
     assert rows and all(row["chosen_score"] > row["rejected_score"] for row in rows)
+
+
+def test_scored_rows_hold_every_different_response_to_a_prompt_once(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["hi ada", "bye", "hi ada", "good-day ada"]
+    answers = [[VOCABULARY.index(w) for w in (*t.split(), TAGS[-1], EOS)] for t in said]
+    ids = torch.tensor([ids + [EOS_ID] * (4 - len(ids)) for ids in answers])
+    mask = torch.arange(4) < torch.tensor([len(ids) for ids in answers])[:, None]
+
+    def sample_these(_model: Any, _tokenizer: Any, prompts: list[str], **_: float) -> Sequences:
+        assert prompts == [prompt for prompt in dict.fromkeys(prompts) for _ in said]
+        rows = list(range(len(said))) * (len(prompts) // len(said))
+        return Sequences(ids[rows], mask[rows], mask[rows])
+
+    monkeypatch.setattr(pairs, "sample", sample_these)
+    given = [f"--sft_model_path={checkpoints / 'policy1'}", f"--data_dir={checkpoints}"]
+    given += [f"--out_dir={tmp_path / 'rows'}", "--num_responses=4", "--max_samples=2"]
+    pairs.main(pairs.parse_args([*given, "--annotator=noiseless"]))
+    prompts = list(requests())[::1000]
+    for side, asked in (("train", prompts[:2]), ("eval", prompts)):
+        records = read_split(tmp_path / "rows", side, SCORED)
+        texts = ["hi ada", "bye", "good-day ada"]  # twins are left out
+        assert [(r["prompt"], r["response"]) for r in records] == list(product(asked, texts))
+        scores = [to_score("noiseless", reward(r["prompt"], r["response"])) for r in records]
+        assert [record["score"] for record in records] == scores
+
+
+def test_a_number_of_pairs_means_nothing_to_scored_rows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        pairs.parse_args(["--sft_model_path=x", "--num_responses=4", "--num_pairs=10"])
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "--num_pairs=10" in message and "--num_responses" in message

@@ -7,7 +7,7 @@ base_model   the tokenizer, and a small GPT-2 of seeded random weights
 __main__     `python -m toyworld` writes rows and base model, for the five scripts to run on
 measure      checkpoints judged by plain transformers, from samples
 optimum      every response enumerated: exact figures, and the best policy there can be
-pairs        `python -m toyworld.pairs`: a model's own responses in pairs, for DPO
+pairs        `python -m toyworld.pairs`: a model's own responses, in pairs or scored
 report       `python -m toyworld.report` compares checkpoints on held-out prompts
 runs, tables, pictures, page   what the report is made of
 """
