@@ -63,11 +63,11 @@ class Schema(NamedTuple, Generic[Record]):
 
     texts: tuple[str, ...]
     scores: tuple[str, ...]
-    home: str  # the split that holds such records
+    home: str = ""  # the split, or splits, with such rows
 
 
-PROMPT: Schema[PromptRecord] = Schema((), (), ".data/pref")
-SCORED: Schema[ScoredRecord] = Schema(("response",), ("score",), ".data/rm")
+PROMPT: Schema[PromptRecord] = Schema((), ())
+SCORED: Schema[ScoredRecord] = Schema(("response",), ("score",), ".data/rm or .data/sft")
 PAIR: Schema[PairRecord] = Schema(
     ("chosen", "rejected"), ("chosen_score", "rejected_score"), ".data/pref"
 )
@@ -266,8 +266,10 @@ def _checked(row: object, schema: Schema[Record], scale: tuple[float, float]) ->
         raise ValueError(f"expected a JSON object, not {_shown(row)}")
     for name in ("prompt", *schema.texts, *schema.scores):
         if name not in row:
-            where = f" (rows that have it are in {schema.home})" if name in schema.texts else ""
-            raise ValueError(f"has no {name!r}, only {_shown(list(row))}{where}")
+            told = f"has no {name!r}, only {_shown(list(row))}"
+            if name != "prompt":
+                told += f" (rows with it: --data_dir={schema.home})"
+            raise ValueError(told)
     prompt = as_prompt(row["prompt"])
     fields: dict[str, Any] = {"source": "user", "prompt_id": prompt_id(prompt), **row}
     for name in (*schema.texts, "source", "prompt_id"):

@@ -43,11 +43,14 @@ FREE_ARGUMENTS = {"ckpt_dir", "gpu_id", "keep", "log_step", "report_to", "resume
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Tell in which arguments and inputs two runs differ."""
+    """Tell in which arguments and inputs two runs differ.
+
+    An argument that the earlier one did not know was off: as 0, false and none are.
+    """
     told = []
     for name in sorted({*then["arguments"], *now["arguments"]}):
         old, new = then["arguments"].get(name), now["arguments"].get(name)
-        if old != new:
+        if (old or None) != (new or None):
             told.append(f"--{name} was {old}, is {new}")
     alone = {"number of processes": 1, "stage of ZeRO": 0}
     old, new = (run.get("processes", alone) for run in (then, now))

@@ -9,10 +9,13 @@ import torch
 import run_dpo
 import run_sft
 from rlhf.comparisons import Comparison, response_logprobs
+from rlhf.disk import read_record, replace_record
 from rlhf.errors import InputError, RunError
 from rlhf.runtime import Runtime
-from rlhf.tokens import Sample
+from rlhf.tokens import Sample, decode_response
 from tests.conftest import write_jsonl
+from tests.faults.world import content
+from tests.test_resume import send_signal_at
 
 RUNTIME = Runtime(torch.device("cpu"), "float32", "")
 LOSSES = ("dpo", "ipo", "hinge", "simpo", "rrhf")
@@ -60,6 +63,7 @@ def test_beta_and_sft_coeff_are_the_losses_own_unless_told():
     assert [settings(loss).sft_coeff for loss in LOSSES] == [0, 0, 0, 0, 1]
     assert settings("ipo", "--beta=0.1", "--sft_coeff=0.3").beta == 0.1
     assert settings("rrhf", "--sft_coeff=0").sft_coeff == 0
+    assert [settings(loss).simpo_gamma for loss in LOSSES] == [None, None, None, 1.0, None]
 
 
 @pytest.mark.parametrize(
@@ -82,18 +86,37 @@ def test_what_has_no_effect_or_no_meaning_is_refused_in_one_line(options, told, 
 
 @pytest.mark.parametrize(
     ("loss", "split", "told"),
-    [("rrhf", "pref", "has no 'response'.*in .data/rm"), ("dpo", "rm", "has no 'chosen'.*pref")],
+    [
+        ("rrhf", "pref", r"has no 'response'.*--data_dir=\.data/rm"),
+        ("dpo", "rm", r"has no 'chosen'.*--data_dir=\.data/pref"),
+        ("ipo", "rm", r"has no 'chosen'.*--data_dir=\.data/pref"),
+    ],
 )
 def test_the_other_kind_of_data_is_named(loss, split, told, sft, data_dir, tmp_path):
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=told) as caught:
         run(sft, data_dir / split, tmp_path, f"--loss={loss}")
+    assert "\n" not in str(caught.value)
+
+
+def test_rrhf_needs_scores(sft, data_dir, tmp_path):
+    for side in ("train", "eval"):
+        records = [json.loads(line) for line in (data_dir / f"rm/{side}.jsonl").open()]
+        write_jsonl(tmp_path / f"{side}.jsonl", [{**row, "score": None} for row in records])
+    with pytest.raises(InputError, match="score is None"):
+        run(sft, tmp_path, tmp_path / "out", "--loss=rrhf")
+    for side in ("train", "eval"):
+        records = [json.loads(line) for line in (tmp_path / f"{side}.jsonl").open()]
+        bare = [{"prompt": row["prompt"], "response": row["response"]} for row in records]
+        write_jsonl(tmp_path / f"{side}.jsonl", bare)
+    with pytest.raises(InputError, match=r"has no 'score'.*--data_dir=\.data/rm"):
+        run(sft, tmp_path, tmp_path / "out", "--loss=rrhf")
 
 
 def test_rrhf_needs_two_scores_for_a_prompt(sft, data_dir, tmp_path):
     for side in ("train", "eval"):
         lines = (data_dir / f"rm/{side}.jsonl").open()
         write_jsonl(tmp_path / f"{side}.jsonl", [{**json.loads(x), "score": 3.0} for x in lines])
-    with pytest.raises(InputError, match="no two scores for one prompt in train"):
+    with pytest.raises(InputError, match=r"no prompt in train.*different scores.*=\.data/rm"):
         run(sft, tmp_path, tmp_path / "out", "--loss=rrhf")
 
 
@@ -106,16 +129,42 @@ def test_rrhf_compares_all_responses_to_a_prompt_the_best_one_first(tokenizer, g
     assert "please" in tokenizer.decode(first.samples[0].response_ids)
 
 
-def test_a_response_that_is_too_long_leaves_its_prompt_to_the_others(tokenizer, tmp_path):
-    fact = {"source": "x", "prompt": "Name it."}
-    rows = [{**fact, "response": text, "score": s} for text, s in (("A.", 9), ("B.", 5), ("C.", 1))]
-    for side in ("train", "eval"):
-        write_jsonl(tmp_path / f"{side}.jsonl", rows)
-    options = [f"--data_dir={tmp_path}", "--max_len=64"]
-    (whole,) = run_dpo.load_comparisons(settings("rrhf", *options), tokenizer, "train", 0)
-    assert whole.pairs == [(0, 1), (0, 2), (1, 2)]
-    (part,) = run_dpo.load_comparisons(settings("rrhf", *options), tokenizer, "train", 2)
-    assert part.pairs == [(0, 1)]
+@pytest.fixture
+def answers(tokenizer, tmp_path):
+    """What is read of three answers to one prompt, the middle one best; some have no room."""
+    texts, scores = ("Two.", "It is one, I think.", "No idea."), (5, 9, 1)
+    rows = [
+        {"prompt": "Name it.", "response": text, "score": score}
+        for text, score in zip(texts, scores, strict=True)
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    encode = run_dpo.encode_samples
+
+    def read(monkeypatch, *without_room):
+        def some(*args, **kwargs):
+            found = encode(*args, **kwargs)
+            return [None if i in without_room else x for i, x in enumerate(found)]
+
+        monkeypatch.setattr(run_dpo, "encode_samples", some)
+        args = settings("rrhf", f"--data_dir={tmp_path}", "--max_len=64")
+        found = run_dpo.load_comparisons(args, tokenizer, "train", 0)
+        return [
+            ([decode_response(tokenizer, x.response_ids) for x in some.samples], some.pairs)
+            for some in found
+        ]
+
+    return read
+
+
+def test_rrhf_takes_the_responses_of_a_prompt_from_best_to_worst(answers, monkeypatch):
+    ranked = ["It is one, I think.", "Two.", "No idea."]
+    assert answers(monkeypatch) == [(ranked, [(0, 1), (0, 2), (1, 2)])]
+
+
+def test_a_response_without_room_leaves_its_prompt_to_the_others(answers, monkeypatch):
+    assert answers(monkeypatch, 1) == [(["Two.", "No idea."], [(0, 1)])]
+    with pytest.raises(InputError, match="different scores"):
+        answers(monkeypatch, 1, 2)
 
 
 # What comes out
@@ -172,6 +221,15 @@ def test_rrhf_sums_over_the_pairs_of_a_prompt_and_imitates_the_best():
     assert bare["loss"].tolist() == pytest.approx([1.5, 0.0]) and "nll_loss" not in bare
 
 
+def test_label_smoothing_counts_a_share_of_the_pairs_the_other_way():
+    logprobs, ref = torch.tensor([[-4.0, -6.0]]), torch.tensor([[-6.0, -5.0]])
+    args = settings("dpo", "--label_smoothing=0.25")
+    terms = run_dpo.preference_terms(args, compared([4, 2]), logprobs, ref)
+    # 0.2 * 3 = 0.6: 0.75 * ln(1 + e^-0.6) + 0.25 * ln(1 + e^0.6) = 0.437488 + 0.25 * 0.6
+    assert terms["loss"].item() == pytest.approx(0.587488, abs=1e-5)
+    assert terms["rewards/margins"].item() == pytest.approx(0.6)
+
+
 def test_sft_term_is_the_mean_cross_entropy_of_the_chosen_response():
     logprobs, zero = torch.tensor([[-4.0, -6.0]]), torch.zeros(1, 2)
     terms = run_dpo.preference_terms(
@@ -193,6 +251,14 @@ def test_logprobs_of_a_group_stand_in_its_row(gpt2):
             first = len(sample.prompt_ids)
             told = sum(own[first + i - 1, x] for i, x in enumerate(sample.response_ids))
             assert found[row, column].item() == pytest.approx(told.item(), abs=1e-4)
+
+
+def test_micro_batches_of_smaller_groups_change_no_logprob(gpt2):
+    groups = compared([3, 5, 2], [2, 4], [6])
+    whole = response_logprobs(gpt2, groups, 0, RUNTIME)
+    for size in (1, 6):
+        parts = run_dpo.all_logprobs(gpt2, 0, RUNTIME, groups, run_dpo.Room(size))
+        assert torch.allclose(parts, whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -225,8 +291,52 @@ def test_a_reference_that_is_not_the_policy_stops_the_run(loss, start):
         run_dpo.check_first_loss(args, {**means, "loss": torch.tensor(start + 0.501)}, RUNTIME)
 
 
+@pytest.mark.parametrize(
+    ("loss", "beta", "allowed"),
+    [
+        # 0.01, and beta / 2 of a tenth; 0.01, and 1 / beta of a hundredth; 0.01, and beta tenths
+        ("dpo", 0.2, 0.02),
+        ("ipo", 5.0, 0.012),
+        ("hinge", 0.2, 0.03),
+    ],
+)
+def test_bfloat16_may_round_the_first_loss_so_far(loss, beta, allowed):
+    args, half = settings(loss, f"--beta={beta}"), RUNTIME._replace(precision="bfloat16")
+    start = {"dpo": math.log(2), "ipo": 0.01, "hinge": 1.0}[loss]
+    for sign in (1, -1):
+        near, far = (torch.tensor(start + sign * allowed * x) for x in (0.95, 1.05))
+        run_dpo.check_first_loss(args, {"loss": near}, half)
+        with pytest.raises(RunError, match=f"--loss={loss}"):
+            run_dpo.check_first_loss(args, {"loss": far}, half)
+
+
+PAIR_LOSSES = [["dpo"], ["dpo", "--label_smoothing=0.1"], ["ipo"], ["hinge"]]
+
+
+@pytest.mark.parametrize("options", PAIR_LOSSES, ids=" ".join)
+@pytest.mark.parametrize("planted", ["dropout", "another reference"])
+def test_dropout_or_another_reference_stops_a_run(
+    options, planted, sft, data_dir, tmp_path, monkeypatch
+):
+    loss, *options = options
+    load, compute = run_dpo.load_policy, run_dpo.all_logprobs
+    if planted == "dropout":
+        left_on = {"dropout": 0.1}
+        monkeypatch.setattr(run_dpo, "load_policy", lambda *a, **k: load(*a, **k, **left_on))
+    else:
+        monkeypatch.setattr(run_dpo, "all_logprobs", lambda *a: 1.1 * compute(*a))
+    with pytest.raises(RunError, match=f"first loss of --loss={loss} is .*differ"):
+        run(sft, data_dir / "pref", tmp_path, f"--loss={loss}", "--sft_coeff=0.5", *options)
+
+
 COMBINATIONS = [
     *((loss, options) for loss in LOSSES for options in ([], ["--use_peft", "--sft_coeff=0.5"])),
+    *(
+        pytest.param(loss, [option], marks=pytest.mark.slow)  # the quick ones have both at once
+        for loss in LOSSES
+        for option in ("--use_peft", "--sft_coeff=0.5")
+    ),
+    pytest.param("dpo", ["--label_smoothing=0.1", "--use_peft"], marks=pytest.mark.slow),
     ("dpo", ["--label_smoothing=0.1"]),
     ("dpo", ["--label_smoothing=0.1", "--sft_coeff=1", "--beta=1"]),
     ("rrhf", ["--sft_coeff=0", "--micro_batch_size=2"]),
@@ -253,8 +363,39 @@ def test_every_loss_learns_to_tell_better_from_worse(
     assert run_json["arguments"]["beta"] == settings(loss, *options).beta
 
 
-def test_reference_free_losses_never_run_the_reference(sft, data_dir, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(run_dpo, "active", lambda *a: calls.append(a))
-    run(sft, data_dir / "pref", tmp_path, "--loss=simpo", "--max_steps=1")
-    assert not calls
+@pytest.mark.parametrize("loss", run_dpo.REFERENCE_FREE)
+def test_reference_free_losses_never_ask_for_the_reference(
+    loss, sft, data_dir, graded, tmp_path, monkeypatch
+):
+    run(sft, data_dir / "pref", tmp_path, "--max_steps=1")  # leaves logprobs that could be read
+    for name in ("active", "reference_fingerprint", "kept_logprobs", "save_tensors"):
+        monkeypatch.setattr(run_dpo, name, None)
+    run(sft, data_for(loss, data_dir, graded), tmp_path, f"--loss={loss}", "--max_steps=1")
+    assert not (tmp_path / ".resume/ref_logprobs").exists()
+
+
+def test_a_run_from_before_these_losses_is_this_very_run(sft, data_dir, tmp_path, capsys):
+    run(sft, data_dir / "pref", tmp_path, "--beta=0.2", "--max_steps=1")
+    file = tmp_path / ".resume/run.json"
+    record = read_record(file)
+    for name in ("label_smoothing", "sft_coeff", "simpo_gamma"):
+        record["made_from"]["arguments"].pop(name, None)
+    replace_record(file, record)
+    run(sft, data_dir / "pref", tmp_path, "--max_steps=1")
+    assert "this very run is finished" in capsys.readouterr().out
+    run(sft, data_dir / "pref", tmp_path, "--max_steps=1", "--label_smoothing=0.1")
+    assert (tmp_path / "earlier/1").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["simpo", "rrhf"])
+def test_a_stopped_run_ends_in_the_bytes_of_one_that_was_not(
+    loss, sft, data_dir, graded, tmp_path, monkeypatch
+):
+    data, options = data_for(loss, data_dir, graded), [f"--loss={loss}", "--batch_size=8"]
+    run(sft, data, tmp_path / "whole", *options)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        send_signal_at(patch, run_dpo, "optimizer_step", 3)
+        run(sft, data, tmp_path / "stopped", *options)
+    run(sft, data, tmp_path / "stopped", *options)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
