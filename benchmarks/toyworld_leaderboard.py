@@ -133,10 +133,10 @@ def trainers(world: World, share: Shares) -> dict[str, Callable[[], Path]]:
     speed, slower = {"learning_rate": 2e-3}, {"learning_rate": 1e-3}
     judged = world.folder / "judged"  # the same rows, as a Bradley-Terry annotator scores them
     drawn = {"temperature": 1.5}
-    ppo = partial(world.ppo, **share.ppo, **speed)
+    ppo = partial(world.ppo, **share.ppo)
 
     def compared(advantage: str) -> Path:
-        return world.ppo(advantage, **share.groups, **speed, **gold, advantage=advantage)
+        return world.ppo(advantage, **share.groups, **gold, advantage=advantage)
 
     def learned(loss: str) -> Path:
         data, beta = world.folder / "data/rm", BETA

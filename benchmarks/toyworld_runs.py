@@ -1,7 +1,6 @@
 """What the benchmarks on the toy world share: a world for every seed, its exam, and the figures."""
 
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -11,6 +10,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,16 +154,14 @@ def measure_seeds(
 ) -> list[Record]:
     """Let `judge` train and judge every seed, `--jobs` of them at a time, a core each.
 
-    Each in a process of its own: transformers cannot load two models at once in two threads, and
-    gives both of them weights that nobody trained.
+    In processes, since transformers cannot load two models at once in one: it sets torch's defaults
+    while it does, and another thread's weights stay as the memory was.
     """
-    workers = ProcessPoolExecutor(
-        args.jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    )
-    with tempfile.TemporaryDirectory() as temporary, workers as pool:
+    one_core: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        ProcessPoolExecutor(args.jobs, get_context("spawn"), **one_core) as pool,
+    ):
         work_dir = Path(args.work_dir or temporary).resolve()
         jobs = [pool.submit(judge, args, s, work_dir / f"seed{s}") for s in args.seeds]
         return [record for job in jobs for record in job.result()]
@@ -180,7 +178,7 @@ def write_results(path: Path, args: Namespace, records: list[Record]) -> None:
     arguments = {k: v for k, v in vars(args).items() if k not in about_the_run}
     results = {"arguments": arguments, "versions": versions, "records": records}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def mean_and_interval(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:

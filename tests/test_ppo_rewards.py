@@ -207,6 +207,11 @@ def bad_inputs(parents, classifier, tmp_path):
     del facts["reward"]["reward_std"]
     (old / "run.json").write_text(json.dumps(facts))
     write_checksums(old)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(classifier[0].partition("=")[2], foreign)
+    (foreign / "run.json").write_text(json.dumps({"stage": "of another tool"}))
+    write_checksums(foreign)
+    yield [f"--rm_model_path={foreign}"], "several labels; name one by --reward_label"
     yield ["--reward_label=0"], "is of run_rm.py and has one logit; leave --reward_label out"
     yield classifier[:1], "several labels; name one by --reward_label: 0 (bad), 1 (Good), 2 (odd)"
     yield [classifier[0], "--reward_label=best"], "has these labels: 0 (bad), 1 (Good), 2 (odd)"

@@ -253,6 +253,14 @@ def test_logprobs_of_a_group_stand_in_its_row(gpt2):
             assert found[row, column].item() == pytest.approx(told.item(), abs=1e-4)
 
 
+def test_micro_batches_of_smaller_groups_change_no_logprob(gpt2):
+    groups = compared([3, 5, 2], [2, 4], [6])
+    whole = response_logprobs(gpt2, groups, 0, RUNTIME)
+    for size in (1, 6):
+        parts = run_dpo.all_logprobs(gpt2, 0, RUNTIME, groups, run_dpo.Room(size))
+        assert torch.allclose(parts, whole, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_micro_batches_change_no_gradient(loss, gpt2):
     args = settings(loss, "--sft_coeff=0.1")

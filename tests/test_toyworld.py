@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -433,6 +434,22 @@ def test_learned_reward_is_what_the_pipeline_of_transformers_says(checkpoints: P
     rewards = load_reward(checkpoints / "rm", flag="x")(Sequences(padded, mask, mask))
     expected = [1 + 4 * score(text)[0]["score"] for text in texts]
     assert rewards.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "listwise"])
+def test_learned_reward_of_a_comparing_model_is_its_centred_logit(
+    loss: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoints / "rm", tmp_path / "rm")
+    facts = {"loss": loss, "max_reward": 5.0, "logit_mean": 2.0, "reward_mean": 0.0}
+    (tmp_path / "rm/run.json").write_text(json.dumps({"reward": facts}))
+    write_checksums(tmp_path / "rm")
+    ids = torch.tensor([[3, 4, EOS_ID]])
+    sequences = Sequences(ids, torch.ones_like(ids).bool(), torch.ones_like(ids).bool())
+    centred = load_reward(tmp_path / "rm", flag="x")(sequences)
+    regression = load_reward(checkpoints / "rm", flag="x")(sequences)  # 1 + 4 sigmoid(logit)
+    expected = torch.special.logit((regression - 1) / 4) - 2.0
+    torch.testing.assert_close(centred, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
