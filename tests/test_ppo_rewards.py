@@ -56,7 +56,7 @@ def seen(monkeypatch):
     calls, real = [], run_ppo.gather
 
     def watched(args, actors, *others):
-        bias = float(actors.critic.head.bias) if actors.critic else None
+        bias = float(actors.critic.head.bias.detach()) if actors.critic else None
         experience = real(args, actors, *others)
         calls.append((actors, others, experience, bias))
         return experience
