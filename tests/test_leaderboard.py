@@ -8,10 +8,11 @@ import run_ppo
 import run_rm
 import run_sft
 import toyworld.__main__
-from benchmarks.toyworld_leaderboard import METHODS, shares, trainers
+from benchmarks.toyworld_leaderboard import FAMILIES, METHODS, shares, trainers
 from benchmarks.toyworld_runs import World, make_world, mean_and_interval
 from rlhf.batches import plan_epochs
 from toyworld import pairs
+from toyworld.pictures import COLORS
 
 PARSERS = {
     "load_dataset.py": load_dataset.parse_args,
@@ -65,6 +66,12 @@ def test_the_scripts_take_every_command_of_the_leaderboard(monkeypatch, tmp_path
     for command in commands:
         name, *flags = command[1:] if command[0] == "-m" else command
         PARSERS[name](flags)
+
+
+def test_the_picture_shows_every_method_once():
+    drawn = [method for methods in FAMILIES.values() for method in methods]
+    assert sorted(drawn) == sorted(METHODS)
+    assert max(map(len, FAMILIES.values())) <= len(COLORS)
 
 
 def test_intervals_are_student_s():
