@@ -70,6 +70,7 @@ def test_the_picture_shows_the_rollouts_of_the_run_and_nothing_else(monkeypatch,
         {"step": 0, "epoch": 0, "eval_scores": 0.5},
         {"step": 1, "objective/scores": 0.70000001},  # as float32 has it
         {"step": 2, "objective/scores": 0.79999998},
+        {"step": 3, "objective/scores": 0.85},  # whose line is lost
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
     assert report.rollouts(tmp_path) == [{**first, "step": 1}, {**second, "step": 2}]
@@ -108,7 +109,7 @@ def test_reviews_and_models_of_others_become_prompts_and_safetensors(monkeypatch
     """They come in the form that the Hub has: parquet, and weights that need unpickling."""
     torch.manual_seed(0)
     tokenizer = build_base_tokenizer()
-    sizes = {"dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    sizes = {"dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "initializer_range": 0.5}
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "pad_token_id": 0}
     config = DistilBertConfig(vocab_size=len(tokenizer), **sizes, **labels)
     models = {
@@ -121,7 +122,7 @@ def test_reviews_and_models_of_others_become_prompts_and_safetensors(monkeypatch
         model.config.save_pretrained(tmp_path / name)
         torch.save(model.state_dict(), tmp_path / name / "pytorch_model.bin")
         tokenizer.save_pretrained(tmp_path / name)
-    reviews = [f"{word} sat on the mat.<br /><br />{TEXT}" for word in ("A", "The", "No", "My")]
+    reviews = [f"{word}<br /><br />sat on the mat. {PLOT}" for word in ("A", "The", "No", "My")]
     (tmp_path / "imdb").mkdir()
     Dataset.from_dict({"text": reviews, "label": [0, 1, 0, 1]}).to_parquet(
         tmp_path / "imdb" / "train-00000-of-00001.parquet"
@@ -154,13 +155,36 @@ def test_reviews_and_models_of_others_become_prompts_and_safetensors(monkeypatch
     # The second of two labels is the positive one, whatever else is in the batch.
     monkeypatch.setattr(reward, "FOLDER", tmp_path / "model")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model" / "classifier")
+    texts = ["A dog", TEXT]
     with torch.no_grad():
-        alone = [float(model(torch.tensor([tokenizer(x).input_ids])).logits[0, 1]) for x in reviews]
-    assert reward.positive_logits([f" {x}" for x in reviews]) == pytest.approx(alone, abs=1e-5)
+        alone = [float(model(torch.tensor([tokenizer(x).input_ids])).logits[0, 1]) for x in texts]
+    assert reward.positive_logits([f" {x}" for x in texts]) == pytest.approx(alone, abs=1e-5)
 
 
 # --- from a shell
 
+RECORDING = """#!/bin/sh
+[ "$1" = - ] || echo "$SENTIMENT_DIR $*" >>RECORD
+"""
+
+
+def test_with_hub_everything_lies_in_folders_of_its_own(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(RECORDING.replace("RECORD", str(tmp_path / "record")))
+    python.chmod(0o755)
+    script = FOLDER / "exec_sentiment_control.sh"
+    environment = {**os.environ, "PYTHON": str(python)}
+    subprocess.run(["sh", script, "--hub", "--seed=7"], cwd=tmp_path, env=environment, check=True)
+    _, prepare, ppo, tell = (tmp_path / "record").read_text().splitlines()
+    assert prepare.startswith(".model/sentiment-imdb -m examples.sentiment_control.hub ")
+    assert ppo.startswith(".model/sentiment-imdb run_ppo.py ")
+    assert " --sft_model_path=.model/sentiment-imdb/policy " in ppo
+    assert tell.startswith(".model/sentiment-imdb -m examples.sentiment_control.report ")
+    assert tell.endswith(" --data_dir=.data/sentiment-imdb/ppo --seed=7")
+    assert "sentiment/" not in prepare + ppo + tell
+
+
+FILES = ("exec_setup.sh", "requirements.txt", "constraints.txt", "run_sft.py", "run_ppo.py")
 SHORT = """#!/bin/sh
 # Python, with less to do.
 case "$*" in
@@ -175,13 +199,7 @@ exec PYTHON "$@"
 def test_the_offline_example_teaches_every_control_token_something(tmp_path):
     for name in ("examples", "rlhf"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in (
-        "exec_setup.sh",
-        "requirements.txt",
-        "constraints.txt",
-        "run_sft.py",
-        "run_ppo.py",
-    ):
+    for name in FILES:
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "python"
     python.write_text(SHORT.replace("PYTHON", sys.executable))
