@@ -22,11 +22,12 @@ from transformers.utils.logging import disable_progress_bar
 from examples.sentiment_control.queries import NUM_TRAIN, cut, write_prompts
 from examples.sentiment_control.remarks import any_remark, rating, usual_remark
 from examples.sentiment_control.reward import REWARDS
-from rlhf.arguments import Parser, positive_count, seed
+from rlhf.arguments import Parser, seed
 from rlhf.errors import run_script
 from rlhf.records import write_records
 
 EOS = "<|endoftext|>"
+NUM_TEXTS = 10_000  # for each of the two models
 NUM_EPOCHS, BATCH_SIZE = 6, 64  # of the classifier
 
 
@@ -60,8 +61,6 @@ def train_classifier(
             n_layers=2,
             n_heads=2,
             num_labels=1,
-            id2label={0: "POSITIVE"},
-            label2id={"POSITIVE": 0},
             pad_token_id=tokenizer.pad_token_id,
             dropout=0.0,
             attention_dropout=0.0,
@@ -118,8 +117,8 @@ def main(args: argparse.Namespace) -> None:
     disable_progress_bar()
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
-    usual = [usual_remark(rng) for _ in range(args.num_texts)]
-    graded = [any_remark(rng) for _ in range(args.num_texts)]
+    usual = [usual_remark(rng) for _ in range(NUM_TEXTS)]
+    graded = [any_remark(rng) for _ in range(NUM_TEXTS)]
     tokenizer = train_tokenizer(usual + graded)
     write_texts(args.data_dir / "sft", tokenizer, usual, rng)
     more = (cut(tokenizer, usual_remark(rng)) for _ in range(5 * NUM_TRAIN))
@@ -138,5 +137,4 @@ if __name__ == "__main__":
     add("--seed", type=seed, default=42, help="seed of texts and weights")
     add("--data_dir", type=Path, default=Path(".data/sentiment"), help="folder for the texts")
     add("--model_dir", type=Path, default=Path(".model/sentiment"), help="folder for the models")
-    add("--num_texts", type=positive_count, default=10_000, help="texts for each of the models")
     run_script(lambda: main(parser.parse_args()))

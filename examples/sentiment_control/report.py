@@ -23,14 +23,8 @@ from rlhf.errors import InputError, run_script
 from rlhf.records import PROMPT, read_split
 
 COLORS = dict(zip(REWARDS, ("#d55e00", "0.45", "#0072b2"), strict=True))
-SAMPLING = {
-    "do_sample": True,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_new_tokens": RESPONSE_TOKENS,
-    "max_new_tokens": RESPONSE_TOKENS,
-}
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+LENGTH = {"min_new_tokens": RESPONSE_TOKENS, "max_new_tokens": RESPONSE_TOKENS}
 BATCH = 64  # prompts that are continued together: memory only
 
 
@@ -45,7 +39,7 @@ def write_texts(path: str, prompts: list[str]) -> list[str]:
         some = prompts[start : start + BATCH]
         inputs = tokenizer(some, padding=True, return_tensors="pt").to(device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        written = model.generate(input_ids=ids, attention_mask=mask, **SAMPLING)
+        written = model.generate(input_ids=ids, attention_mask=mask, **SAMPLING, **LENGTH)
         responses = tokenizer.batch_decode(written[:, ids.shape[1] :])
         queries = [split_prompt(prompt)[1] for prompt in some]
         texts += [(q + r).strip() for q, r in zip(queries, responses, strict=True)]
