@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py"))]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+FOLDERS = ("docs", "examples")
+PAGES = [ROOT / "README.md", *sorted(page for x in FOLDERS for page in (ROOT / x).rglob("*.md"))]
 REQUIRED = "REQUIRED"
 
 # The promised names and defaults, written out once more by hand: a changed default is a changed
