@@ -117,7 +117,7 @@ def parse_args() -> argparse.Namespace:
     add("--only", choices=METHODS, nargs="+", help="train these and print, write nothing")
     add("--num_prompts", type=int, default=1536, help=f"for training, a multiple of {ROLLOUT}")
     add("--per_prompt", type=int, default=6, help="samples for each of them")
-    add("--num_exact", type=int, default=32, help="held-out prompts")
+    add("--num_exact", type=int, default=16, help="held-out prompts")
     add("--jobs", type=int, default=2, help="seeds at a time, a core each")
     add("--work_dir", help="keep data and checkpoints here (default: a temporary folder)")
     add("--from_results", action="store_true", help="train nothing, read the results file")

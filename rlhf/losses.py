@@ -238,7 +238,7 @@ def hinge_loss(
 
         max(0, 1 - beta * margin),  margin as in DPO
 
-    Source: RSO, 2309.06657, section 3.2 (the normalised hinge of SLiC, 2305.10425). It is 1 while
+    Source: RSO, 2309.06657 (its hinge-norm; SLiC, 2305.10425, without a reference). It is 1 while
     policy and reference are the same.
 
     >>> same = torch.tensor([-1.0, -1.0])
