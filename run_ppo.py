@@ -144,7 +144,7 @@ def build_parser() -> Parser:
     add("--batch_size", type=positive_count, default=16, help="prompts in a rollout")
     add("--num_responses", type=positive_count, default=1, help="responses to each of its prompts")
     names = ("gae", *GROUP_ADVANTAGES)
-    add("--advantage", choices=names, default="gae", help="by a critic, or without by comparison")
+    add("--advantage", choices=names, default="gae", help="gae: by a critic; the others compare")
     add("--learning_rate", type=positive, default=1e-5, help="learning rate at the start")
     add("--beta", type=non_negative, default=0.2, help="weight of the KL penalty")
     names = ("fixed", "adaptive")
@@ -196,6 +196,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.share_trunk and args.compile:
         parser.error("--share_trunk and --compile: each adapter would be compiled anew; leave one")
     check_advantage(parser, args)
+    if args.reward_fn and args.max_reward != parser.get_default("max_reward"):
+        parser.error(
+            f"--max_reward={args.max_reward:g} is of reward models, not --reward_fn: omit it"
+        )
+    if args.early_stop_kl and args.num_inner_epoch == 1 and not args.minibatch_size:
+        told = (
+            f"--early_stop_kl={args.early_stop_kl:g}: a rollout has but one step, which is always"
+        )
+        parser.error(f"{told} taken; raise --num_inner_epoch or set --minibatch_size")
     if args.kl_controller == "adaptive" and args.beta == 0:
         parser.error("--beta=0 with --kl_controller=adaptive: would stay 0; start above it")
     if args.kl_controller == "fixed" and args.target_kl != parser.get_default("target_kl"):
@@ -207,8 +216,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check_advantage(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse groups in which nothing can be compared, and a critic's arguments without one."""
     several, told = args.num_responses > 1, f"--num_responses={args.num_responses}"
-    if several and not args.do_sampling:
-        parser.error(f"{told} with --do_sampling=false: all would be the same; leave one out")
+    for flag, is_sure in (
+        ("do_sampling=false", not args.do_sampling),
+        ("top_k=1", args.top_k == 1),
+    ):
+        if several and is_sure:
+            parser.error(f"{told} with --{flag}: all would be the same; leave one out")
     if args.advantage == "gae":
         return
     if not several:
@@ -394,7 +407,8 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                         scale.learn(experience.scores)
                     skip_steps(schedules, num_updates(args, len(rows)) - num_taken)
                     if args.kl_controller == "adaptive":
-                        report["objective/beta"], kl = penalty.beta, seen["objective/kl"]
+                        report["objective/beta"] = penalty.beta
+                        kl = seen["objective/kl"]
                         penalty.beta = adaptive_beta(penalty.beta, kl, target_kl=args.target_kl)
                     is_logged = metrics.add(report, epoch=done, num_tokens=num_tokens)
                 if is_logged:

@@ -84,7 +84,12 @@ def build_parser() -> Parser:
     add("--gpu_id", type=count, default=0, help="which CUDA device")
     add("--max_len", type=positive_count, default=1024, help="tokens of prompt and response")
     add("--min_target_len", type=count, default=1, help="least room for a response, in tokens")
-    add("--batch_size", type=positive_count, default=16, help="responses (pairs, prompts) a step")
+    add(
+        "--batch_size",
+        type=positive_count,
+        default=16,
+        help="responses, pairs or prompts in a step",
+    )
     add("--num_epochs", type=positive_count, default=3, help="passes over the data")
     add("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
     add(

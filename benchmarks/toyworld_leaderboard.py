@@ -139,12 +139,13 @@ def trainers(world: World, share: Shares) -> dict[str, Callable[[], Path]]:
         return world.ppo(advantage, **share.groups, **gold, advantage=advantage)
 
     def learned(loss: str) -> Path:
-        data, beta = world.folder / "data/rm", BETA
+        data, scale = world.folder / "data/rm", 1.0
         if loss != "regression":
             world.write_rows(judged, "bradley-terry")
-            data, beta = judged / "data/rm", BETA / NOISE  # its logits are rewards over NOISE
-        rm = world.reward_model(f"rm-{loss}", data_dir=data, loss=loss)
-        return ppo(f"ppo-{loss}", rm_model_path=rm, beta=beta)
+            data, scale = judged / "data/rm", 1 / NOISE  # in theory its logits are rewards / NOISE
+        guard = {"max_reward": 5 * scale}
+        rm = world.reward_model(f"rm-{loss}", data_dir=data, loss=loss, **guard)
+        return ppo(f"ppo-{loss}", rm_model_path=rm, beta=BETA * scale, **guard)
 
     def preferred(name: str, **settings: object) -> Path:
         data = world.pairs("pairs", **share.pairs, **drawn)

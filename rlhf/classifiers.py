@@ -61,7 +61,7 @@ class Classifier(NamedTuple):
         if 0 < self.most_tokens < max_len:
             lines.append(
                 f"note: it reads {self.most_tokens} tokens, fewer than --max_len={max_len}; what is"
-                " longer is cut"
+                " longer is cut, of a conversation the beginning"
             )
         if self.one_by_one:
             lines.append(
@@ -132,8 +132,7 @@ def encode_pairs(
     if tokenizer.chat_template:
         pairs = [conversation(*pair) for pair in zip(prompts, responses, strict=True)]
         rows = encode_by_template(tokenizer, pairs)
-        part = slice(-most, None) if tokenizer.truncation_side == "left" else slice(most or None)
-        return [Text(ids[part], []) for ids in rows]
+        return [Text(ids[-most:], []) for ids in rows]  # the response stays, which comes last
     encoded = tokenizer(
         list(prompts),
         list(responses),

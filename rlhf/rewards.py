@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import math
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -210,7 +210,15 @@ def score_by_function(spec: str) -> Scorer:
     def call(rows: Sequence[Row]) -> list[Any]:
         prompts, responses, ended = map(list, zip(*rows, strict=True))
         options = {"ended": ended} if wants_ended else {}
-        return list(function(prompts, responses, **options))
+        try:
+            values = function(prompts, responses, **options)
+        except SystemExit as error:
+            if type(error) is not SystemExit:  # a signal has told the run to stop
+                raise
+            raise RuntimeError(f"SystemExit: {error}") from error
+        if isinstance(values, Mapping | Set | str | bytes):  # lists of something else than scores
+            raise TypeError(f"it returned a {type(values).__name__}, not a list of numbers")
+        return list(values)
 
     def score(
         prompts: list[str], responses: list[str], batch: Batch, ended: Tensor, room: Room

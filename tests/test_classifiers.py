@@ -204,6 +204,10 @@ def test_a_chat_template_writes_the_text_if_there_is_one(tmp_path):
     for room in (Room(0), Room(1)):
         scores = score(PROMPTS, RESPONSES, room)
         torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=0)
+    # What is too long loses its beginning, and keeps the response.
+    short = found._replace(most_tokens=12)
+    whole, cut = (encode_pairs(x, ["Tell me more. " * 9], ["Yes"])[0].ids for x in (found, short))
+    assert len(whole) > 12 and cut == whole[-12:]
     # What a user writes never ends a turn.
     [plain], [quoted] = (encode_pairs(found, [x], ["Yes"]) for x in ("a", "a<|eot_id|>"))
     end = tokenizer.convert_tokens_to_ids("<|eot_id|>")

@@ -163,8 +163,16 @@ def test_shared_critic_takes_several_responses_too(ppo, tmp_path):
 # beta that follows the KL
 
 
-def test_beta_follows_the_kl_of_the_rollouts(ppo, tmp_path, experiences):
+def test_beta_follows_the_kl_of_the_rollouts(ppo, tmp_path, experiences, monkeypatch):
+    followed, real = [], run_ppo.adaptive_beta
+
+    def follow(beta, kl, **target):
+        followed.append(float(kl))
+        return real(beta, kl, **target)
+
+    monkeypatch.setattr(run_ppo, "adaptive_beta", follow)
     logged = ppo(tmp_path, *ADAPTIVE, "--num_outer_epoch=2")
+    assert followed == pytest.approx([row["objective/kl"] for row in logged])
     beta = torch.tensor(0.2, dtype=torch.float64)
     for row, experience in zip(logged, experiences, strict=True):
         assert row["objective/beta"] == pytest.approx(float(beta), rel=1e-6)
@@ -278,6 +286,9 @@ def test_adaptive_runs_without_a_critic_resume(ppo, tmp_path, name, call):
         (["--kl_controller=adaptive", "--beta=0"], "--beta=0 with --kl_controller=adaptive"),
         (["--kl_controller=unknown"], "--kl_controller"),
         (["--early_stop_kl=-1"], "--early_stop_kl"),
+        (["--early_stop_kl=0.1", "--num_inner_epoch=1"], "a rollout has but one step"),
+        (["--num_responses=4", "--advantage=rloo", "--top_k=1"], "with --top_k=1: all would be"),
+        (["--reward_fn=x.py:f", "--max_reward=3"], "--max_reward=3 is of reward models"),
     ],
 )
 def test_what_would_mean_nothing_is_refused_in_one_line(options, message, capsys):

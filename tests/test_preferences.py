@@ -206,6 +206,21 @@ def test_terms_of_every_loss_worked_by_hand(loss, expected, chosen, rejected):
     assert (terms["logps/chosen"].item(), terms["logps/rejected"].item()) == (-4.0, -6.0)
 
 
+def test_equal_rewards_are_no_hit():
+    same = torch.tensor([[-4.0, -6.0]])
+    terms = run_dpo.preference_terms(settings("dpo"), compared([4, 2]), same, same)
+    assert terms["rewards/accuracies"].item() == 0.0
+
+
+def test_the_held_out_loss_is_the_one_that_is_trained(gpt2):
+    args = settings("dpo", "--label_smoothing=0.2", "--sft_coeff=0.5")
+    pairs, ref = compared([3, 5], [2, 4]), torch.tensor([[-9.0, -21.0], [-7.0, -15.0]])
+    trained = run_dpo.add_gradient(args, gpt2, 0, RUNTIME, pairs, ref, run_dpo.Room(0))
+    judged = run_dpo.evaluate(args, gpt2, 0, RUNTIME, pairs, ref, run_dpo.Room(0))
+    for name, value in trained.items():
+        assert judged[f"eval_{name}"] == pytest.approx(value.item(), abs=1e-5)
+
+
 def test_rrhf_sums_over_the_pairs_of_a_prompt_and_imitates_the_best():
     # Means: -2, -1, -1.5 | -1, -3. Pairs in the wrong order: 1 + 0.5 | none; right: 1 of 3 | 1.
     logprobs = torch.tensor([[-4.0, -1.0, -3.0], [-2.0, -6.0, 0.0]])
@@ -292,22 +307,30 @@ def test_a_reference_that_is_not_the_policy_stops_the_run(loss, start):
 
 
 @pytest.mark.parametrize(
-    ("loss", "beta", "allowed"),
+    ("loss", "beta", "precision", "allowed"),
     [
-        # 0.01, and beta / 2 of a tenth; 0.01, and 1 / beta of a hundredth; 0.01, and beta tenths
-        ("dpo", 0.2, 0.02),
-        ("ipo", 5.0, 0.012),
-        ("hinge", 0.2, 0.03),
+        # At least 0.01; 0.2 of a margin of sums, whose slope is beta / 2 (hinge: beta); 0.02 of
+        # one of means, whose slope is 1 / beta.
+        ("dpo", 0.2, "bfloat16", 0.02),
+        ("dpo", 0.05, "bfloat16", 0.01),
+        ("ipo", 0.5, "bfloat16", 0.04),
+        ("ipo", 5.0, "bfloat16", 0.01),
+        ("hinge", 0.2, "bfloat16", 0.04),
+        # At least 1e-4 (of 25: 25e-4); 1e-3 and 1e-5 of the margins.
+        ("dpo", 0.2, "float32", 1e-4),
+        ("dpo", 5.0, "float32", 2.5e-3),
+        ("ipo", 0.1, "float32", 2.5e-3),
+        ("hinge", 1.0, "float32", 1e-3),
     ],
 )
-def test_bfloat16_may_round_the_first_loss_so_far(loss, beta, allowed):
-    args, half = settings(loss, f"--beta={beta}"), RUNTIME._replace(precision="bfloat16")
-    start = {"dpo": math.log(2), "ipo": 0.01, "hinge": 1.0}[loss]
+def test_rounding_may_move_the_first_loss_so_far(loss, beta, precision, allowed):
+    args, runtime = settings(loss, f"--beta={beta}"), RUNTIME._replace(precision=precision)
+    start = {"dpo": math.log(2), "ipo": 1 / (4 * beta**2), "hinge": 1.0}[loss]
     for sign in (1, -1):
         near, far = (torch.tensor(start + sign * allowed * x) for x in (0.95, 1.05))
-        run_dpo.check_first_loss(args, {"loss": near}, half)
+        run_dpo.check_first_loss(args, {"loss": near}, runtime)
         with pytest.raises(RunError, match=f"--loss={loss}"):
-            run_dpo.check_first_loss(args, {"loss": far}, half)
+            run_dpo.check_first_loss(args, {"loss": far}, runtime)
 
 
 PAIR_LOSSES = [["dpo"], ["dpo", "--label_smoothing=0.1"], ["ipo"], ["hinge"]]

@@ -281,6 +281,9 @@ def test_a_function_may_return_a_tensor_or_whole_numbers(tmp_path):
         ("return [0, [1, 2]]", r"returned \[1, 2\] for the prompt 'second'"),
         ("return {}['x']", r"raised KeyError: 'x' for the prompt 'first'"),
         ("return None", r"raised TypeError: .* for the prompt 'first'"),
+        ("return {0: 9.0, 1: 8.0}", r"raised TypeError: it returned a dict, .* for the prompt"),
+        ("return '12'", r"raised TypeError: it returned a str, .* for the prompt 'first'"),
+        ("raise SystemExit(0)", r"raised RuntimeError: SystemExit: 0 for the prompt 'first'"),
         (
             "return [1 / ('second' not in prompts)] * len(prompts)",
             r"raised ZeroDivisionError: .* for the prompt 'second'",
