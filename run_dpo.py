@@ -167,7 +167,7 @@ def load_comparisons(
     if not rankings:
         raise InputError(
             f"--data_dir={args.data_dir}: no prompt in {side}.jsonl has responses with different"
-            " scores, which --loss=rrhf compares; --data_dir=.data/rm has them"
+            " scores, which --loss=rrhf compares; give more rows, as in --data_dir=.data/rm"
         )
     return [Comparison([scored[row][0] for row in rows], pairs) for rows, pairs in rankings]
 

@@ -304,6 +304,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     rm_path, mean_reward, scale = None, 0.0, ScoreScale()
     if args.reward_fn:
         score = score_by_function(args.reward_fn)
+        say(f"reward: what {args.reward_fn} returns")
     elif isinstance(known := check_reward_model(args, tokenizer), RewardFacts):
         rm_path, mean_reward = args.rm_model_path, known.reward_mean
         if args.normalize_reward == "stored":
@@ -369,7 +370,12 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         num_steps=sum(map(len, plan)),
         log_step=args.log_step,
         report=start_trackers(args.report_to, folder=folder.path, arguments=vars(args)),
-        console=[*CONSOLE, "loss/value_avg"] if critic else CONSOLE,
+        console=[
+            *CONSOLE,
+            *(["loss/value_avg"] if critic else []),
+            *(["objective/beta"] if args.kl_controller == "adaptive" else []),
+            *(["num_updates"] if args.early_stop_kl else []),
+        ],
     )
     schedules = build_schedules(args, policy, critic, plan)
     with Progress(

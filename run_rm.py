@@ -163,7 +163,10 @@ class Responses:
             return [Ranking([row], []) for row in range(len(self.samples))]
         rankings = rank_responses(self.prompt_ids, self.scores)
         if not rankings:
-            raise InputError(f"--loss={loss}: {self.file} has no two scores for one prompt")
+            raise InputError(
+                f"--loss={loss}: no prompt in {self.file} has responses with different scores,"
+                " which it compares; give more rows, or --loss=regression"
+            )
         if loss == "listwise":
             return rankings
         pairs = chain.from_iterable(ranking.row_pairs() for ranking in rankings)

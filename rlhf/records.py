@@ -266,10 +266,8 @@ def _checked(row: object, schema: Schema[Record], scale: tuple[float, float]) ->
         raise ValueError(f"expected a JSON object, not {_shown(row)}")
     for name in ("prompt", *schema.texts, *schema.scores):
         if name not in row:
-            told = f"has no {name!r}, only {_shown(list(row))}"
-            if name != "prompt":
-                told += f" (rows with it: --data_dir={schema.home})"
-            raise ValueError(told)
+            where = "" if name == "prompt" else f" (rows with it: --data_dir={schema.home})"
+            raise ValueError(f"has no {name!r}{where}, only {_shown(list(row))}")
     prompt = as_prompt(row["prompt"])
     fields: dict[str, Any] = {"source": "user", "prompt_id": prompt_id(prompt), **row}
     for name in (*schema.texts, "source", "prompt_id"):

@@ -5,7 +5,9 @@ import importlib.util
 import inspect
 import math
 import runpy
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any, NamedTuple
 
 import torch
@@ -207,18 +209,15 @@ def score_by_function(spec: str) -> Scorer:
     except ValueError:  # some functions written in C tell nothing
         wants_ended = False
 
-    def call(rows: Sequence[Row]) -> list[Any]:
+    def call(rows: Sequence[Row]) -> Any:
         prompts, responses, ended = map(list, zip(*rows, strict=True))
         options = {"ended": ended} if wants_ended else {}
         try:
-            values = function(prompts, responses, **options)
+            return function(prompts, responses, **options)
         except SystemExit as error:
             if type(error) is not SystemExit:  # a signal has told the run to stop
                 raise
             raise RuntimeError(f"SystemExit: {error}") from error
-        if isinstance(values, Mapping | Set | str | bytes):  # lists of something else than scores
-            raise TypeError(f"it returned a {type(values).__name__}, not a list of numbers")
-        return list(values)
 
     def score(
         prompts: list[str], responses: list[str], batch: Batch, ended: Tensor, room: Room
@@ -228,6 +227,13 @@ def score_by_function(spec: str) -> Scorer:
             values = call(rows)
         except Exception as error:  # whatever it is, it is the function's
             raise RunError(f"{flag} raised {first_failure(call, rows, error)}") from error
+        # Keys and letters are lists of something else than scores.
+        if isinstance(values, Mapping | Set | str | bytes) or not isinstance(values, Iterable):
+            told = (
+                f"{values!r:.80} for {len(prompts)} prompts, the first of which is {prompts[0]!r}"
+            )
+            raise RunError(f"{flag} returned {told}; it must return a list of numbers")
+        values = list(values)
         if len(values) != len(prompts):
             told = f"{len(values)} numbers for {len(prompts)} prompts, the first of which is"
             raise RunError(f"{flag} returned {told} {prompts[0]!r}; it must return one for each")
@@ -257,7 +263,11 @@ def first_failure(
         try:
             call([row])
         except Exception as own:
-            return f"{type(own).__name__}: {own} for the prompt {row[0]!r}"
+            *_, place = extract_tb(own.__traceback__)
+            where = f"{Path(place.filename).name} line {place.lineno}"
+            if place.filename == __file__:  # its signature does not fit
+                where = "it is called with prompts and responses"
+            return f"{type(own).__name__}: {own} ({where}) for the prompt {row[0]!r}"
     together = f"{len(rows)} prompts at once, and for none of them alone"
     return f"{type(error).__name__}: {error} for {together}; the first is {rows[0][0]!r}"
 

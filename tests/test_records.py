@@ -110,7 +110,10 @@ def test_max_samples_reads_the_first_records_only(tmp_path):
     [
         ([1], "expected a JSON object, not [1]"),
         (None, "expected a JSON object, not None"),
-        (without(scored(), "response"), "has no 'response', only ['prompt', 'score'"),
+        (
+            without(scored(), "response"),
+            "--data_dir=.data/rm or .data/sft), only ['prompt', 'score'",
+        ),
         (pair(), "has no 'response'"),
         (scored(prompt=""), "prompt is empty"),
         (scored(prompt=5), "prompt is not a text"),

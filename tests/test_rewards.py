@@ -279,11 +279,14 @@ def test_a_function_may_return_a_tensor_or_whole_numbers(tmp_path):
         ("return [True, None]", r"returned None for the prompt 'second'"),
         ("return ['good', 'bad']", r"returned 'good' for the prompt 'first'"),
         ("return [0, [1, 2]]", r"returned \[1, 2\] for the prompt 'second'"),
-        ("return {}['x']", r"raised KeyError: 'x' for the prompt 'first'"),
-        ("return None", r"raised TypeError: .* for the prompt 'first'"),
-        ("return {0: 9.0, 1: 8.0}", r"raised TypeError: it returned a dict, .* for the prompt"),
-        ("return '12'", r"raised TypeError: it returned a str, .* for the prompt 'first'"),
-        ("raise SystemExit(0)", r"raised RuntimeError: SystemExit: 0 for the prompt 'first'"),
+        ("return {}['x']", r"raised KeyError: 'x' \(my_reward.py line 2\) for the prompt 'first'"),
+        ("return None", r"returned None for 2 prompts, the first of which is 'first'; it must"),
+        (
+            "return {0: 9.0, 1: 8.0}",
+            r"returned \{0: 9.0, 1: 8.0\} for 2 prompts, .* a list of numbers",
+        ),
+        ("return '12'", r"returned '12' for 2 prompts, the first of which is 'first'"),
+        ("raise SystemExit(0)", r"raised RuntimeError: SystemExit: 0 .* the prompt 'first'"),
         (
             "return [1 / ('second' not in prompts)] * len(prompts)",
             r"raised ZeroDivisionError: .* for the prompt 'second'",
@@ -300,6 +303,12 @@ def test_a_function_that_fails_stops_the_run_and_names_the_prompt(body, message,
     with pytest.raises(RunError, match=message) as caught:
         call(f"{path}:f", ["first", "second"], ["r", "s"], [True] * 2)
     assert str(caught.value).startswith(f"--reward_fn={path}:f ")
+
+
+def test_a_function_of_other_arguments_is_told_which_it_gets(tmp_path):
+    path = write_module(tmp_path, "def f(prompts):\n    return [1.0] * len(prompts)\n")
+    with pytest.raises(RunError, match=r"TypeError: .* \(it is called with prompts and responses"):
+        call(f"{path}:f", ["first"], ["r"], [True])
 
 
 @pytest.mark.parametrize(
