@@ -11,6 +11,7 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(world):
     counts = kills.kill(world, 6, seed=1)
     assert counts["kills"] >= 6 and counts["runs"] == counts["equal runs"]
@@ -41,6 +42,7 @@ def test_no_number_that_is_not_finite_is_written(world):
     assert +counts == {"planted": 4}
 
 
+@pytest.mark.slow
 def test_bad_commands_end_in_one_line(world):
     counts = inputs.misuse(world)
     assert counts["bad inputs"] >= 60 and +counts == {"bad inputs": counts["bad inputs"]}
@@ -54,6 +56,7 @@ def test_no_text_becomes_an_end_of_sequence(world):
     assert +inputs.inject(world, 500) == {"texts": 500}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(disks.reason_to_skip()), reason=disks.reason_to_skip() or "-")
 def test_runs_recover_from_full_disks(world):
     counts = disks.fill(world, 4)

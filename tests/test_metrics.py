@@ -241,6 +241,7 @@ Path(sys.argv[1]).touch()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["| head -1", "> /dev/full"])
 def test_a_run_goes_on_when_nobody_takes_its_output(output, tmp_path):
     done = tmp_path / "done"

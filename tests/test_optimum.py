@@ -209,6 +209,7 @@ def test_the_figures_of_best_of_n_are_of_the_reference_as_it_is_sampled():
     assert many.reward == pytest.approx(float(possible.max()), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_exact_reward_agrees_with_sampling():
     """4,000 samples from the enumerated distribution of an untrained toy model."""
     model, tokenizer = build_model(0).double().eval(), build_tokenizer()

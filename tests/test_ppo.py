@@ -88,7 +88,7 @@ def test_noise_of_a_response_is_told_by_its_prompt_and_its_number(ppo, tmp_path,
     assert several == [[3 * row + k for row in rows for k in range(3)] for rows in plain]
 
 
-@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_micro_batches_change_nothing_without_a_critic_either(ppo, tmp_path, size):
     options = [*GROUPS["rloo"], *REWARD]
     whole = ppo(tmp_path / "whole", *options)
@@ -133,6 +133,7 @@ def test_without_a_critic_there_is_none_anywhere(ppo, parents, tmp_path, monkeyp
     assert not any("critic" in name or name.startswith("optimizer.1") for name in names)
 
 
+@pytest.mark.slow
 def test_equal_scores_without_a_penalty_move_nothing(ppo, parents, tmp_path):
     """Whatever the length of a response; noise would be blown up to a full step by AdamW."""
     for name, options in GROUPS.items():
@@ -148,8 +149,16 @@ def always_3(prompts, responses):
     return [3.3] * len(prompts)
 
 
-@pytest.mark.parametrize("more", [[], ADAPTIVE, ["--early_stop_kl=1e-4"], ["--use_peft"], REWARD])
-@pytest.mark.parametrize("advantage", [GAE, *GROUPS.values()], ids=["gae", *GROUPS])
+COMBINATIONS = [
+    pytest.param(advantage, more, marks=[] if more in ([], alone) else [pytest.mark.slow])
+    for advantage, alone in zip(
+        (GAE, *GROUPS.values()), (ADAPTIVE, REWARD, ["--use_peft"], None), strict=True
+    )
+    for more in ([], ADAPTIVE, ["--early_stop_kl=1e-4"], ["--use_peft"], REWARD)
+]
+
+
+@pytest.mark.parametrize(("advantage", "more"), COMBINATIONS)
 def test_every_combination_runs(ppo, tmp_path, advantage, more):
     logged = ppo(tmp_path, *advantage, *more, "--max_steps=2")
     assert len(logged) == 2
@@ -250,7 +259,12 @@ def test_updates_end_before_the_step_whose_minibatch_has_gone_too_far(ppo, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), [("optimizer_step", 2), ("policy_forward", 9), ("skip_steps", 2)]
+    ("name", "call"),
+    [
+        ("skip_steps", 2),
+        pytest.param("optimizer_step", 2, marks=pytest.mark.slow),
+        pytest.param("policy_forward", 9, marks=pytest.mark.slow),
+    ],
 )
 def test_adaptive_runs_without_a_critic_resume(ppo, tmp_path, name, call):
     options = [*GROUPS["rloo"], *ADAPTIVE, "--early_stop_kl=2e-5", "--num_outer_epoch=2"]

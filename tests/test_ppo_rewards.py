@@ -182,8 +182,12 @@ def undisturbed(start, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("score_responses", 3),  # before the scores of the second rollout are known
-        ("policy_forward", 7),  # they are, and no update has been made of them
+        pytest.param(
+            "score_responses", 3, marks=pytest.mark.slow
+        ),  # before the scores of the second rollout are known
+        pytest.param(
+            "policy_forward", 7, marks=pytest.mark.slow
+        ),  # they are, and no update has been made of them
         ("optimizer_step", 9),  # between two updates
     ],
 )

@@ -125,7 +125,7 @@ def test_a_ranking_in_smaller_forwards_has_the_same_loss(root, ranked_dir, tmp_p
         assert [ours[x] for x in names] == pytest.approx([theirs[x] for x in names], rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["pairwise", "listwise"])
+@pytest.mark.parametrize("loss", [pytest.param("pairwise", marks=pytest.mark.slow), "listwise"])
 @pytest.mark.parametrize("options", [[], ["--margin"], ["--center_coeff=0.05"]])
 def test_every_way_to_compare_learns_the_order(loss, options, root, ranked_dir, tmp_path):
     fast = ["--learning_rate=3e-3", "--num_epochs=4", "--batch_size=4"]

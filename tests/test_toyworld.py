@@ -516,6 +516,7 @@ def test_pairs_train_as_the_very_tokens_that_the_model_said() -> None:
     assert [tuple(one.response_ids) for one in trained if one] == list(said)
 
 
+@pytest.mark.slow
 def test_pairs_are_read_as_the_training_scripts_read_them(
     checkpoints: Path, tmp_path: Path
 ) -> None:
