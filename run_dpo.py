@@ -64,7 +64,7 @@ from rlhf.models import (
 )
 from rlhf.optim import build_schedule, optimizer_step
 from rlhf.processes import main_first, share_of, sum_over_processes
-from rlhf.rankings import rank_responses
+from rlhf.rankings import list_pairs, rank_responses
 from rlhf.records import PAIR, SCORED, changed_since_written, fingerprint, read_split
 from rlhf.resume import Progress
 from rlhf.run_folder import RunFolder
@@ -133,8 +133,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.beta = BETA.get(args.loss)
     if args.sft_coeff == "auto":
         args.sft_coeff = 1.0 if args.loss == "rrhf" else 0.0
-    if args.loss != "simpo":
-        args.simpo_gamma = None
     return check_lora_arguments(parser, args)
 
 
@@ -183,6 +181,7 @@ def main(args: argparse.Namespace) -> None:
         stage="dpo",
         inputs={"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir},
         arguments=vars(args),
+        defaults=vars(parse_args(["--sft_model_path=x"])),
         data=fingerprint(args.data_dir),
         resume=args.resume,
         keep=args.keep,
@@ -342,7 +341,7 @@ def preference_terms(
 ) -> dict[str, Tensor]:  # (B,) each
     """The loss of each comparison, and what it is made of; of several pairs, the mean."""
     device = logprobs.device
-    pairs = [(row, *pair) for row, some in enumerate(comparisons) for pair in some.pairs]
+    pairs = list_pairs(comparison.pairs for comparison in comparisons)
     rows, better, worse = torch.tensor(pairs, device=device).T  # (N,) each
     counts = [torch.tensor([len(s.response_ids) for s in x.samples]) for x in comparisons]
     lengths = pad_sequence(counts, batch_first=True, padding_value=1).to(device)  # (B, K)

@@ -42,13 +42,6 @@ from rlhf.arguments import (
     seed,
 )
 from rlhf.batches import Batch, PlannedBatch, Room, micro_batches_by_length, plan_epochs
-from rlhf.checkpoints import read_run
-from rlhf.classifiers import (
-    Classifier,
-    load_classifier,
-    read_classifier,
-    score_by_classifier,
-)
 from rlhf.errors import InputError, run_script
 from rlhf.experience import (
     Experience,
@@ -69,12 +62,9 @@ from rlhf.memory import fit
 from rlhf.metrics import Metrics, say, show_samples
 from rlhf.models import (
     LANGUAGE_MODEL,
-    REWARD_MODEL,
     Critic,
-    load_reward_model,
     load_tokenizer,
     model_stop_ids,
-    require_same_tokenizer,
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step, skip_steps
@@ -88,16 +78,14 @@ from rlhf.rewards import (
     Scorer,
     ScoreScale,
     file_of,
-    read_reward_facts,
     score_by_function,
-    score_by_model,
     stored_scale,
 )
 from rlhf.run_folder import RunFolder
 from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
 from rlhf.sampling import Sampling
+from rlhf.scorers import load_judge, read_judge
 from rlhf.tokens import early_end_ids
-from rlhf.trunk import SharedRewardModel, require_shareable
 
 CONSOLE = [
     "objective/scores",
@@ -233,30 +221,6 @@ def check_advantage(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"{told}: leave --{name} out")
 
 
-def check_reward_model(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> RewardFacts | Classifier:
-    """Check that the reward model fits, before any weights are read.
-
-    What run_rm.py has not trained may be any text classifier.
-    """
-    flag, path = "--rm_model_path", args.rm_model_path
-    run = read_run(path, flag=flag)
-    if run.get("stage") != "rm":
-        if args.normalize_reward == "stored":
-            told = f"--normalize_reward=stored: {flag}={path} is not of run_rm.py"
-            raise InputError(f"{told} and has no mean and spread stored; give running")
-        return read_classifier(path, flag=flag, label=args.reward_label)
-    if args.reward_label is not None:
-        told = f"--reward_label={args.reward_label}: {flag}={path} is of run_rm.py"
-        raise InputError(f"{told} and has one logit; leave --reward_label out")
-    own = load_tokenizer(path, flag=flag, kind=REWARD_MODEL, max_len=args.max_len)
-    require_same_tokenizer(tokenizer, own, flag=flag)
-    if args.share_trunk:
-        require_shareable(path, flag=flag, sft_path=args.sft_model_path)
-    return read_reward_facts(run, path=path, max_reward=args.max_reward)
-
-
 def build_sampling(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel
 ) -> Sampling:
@@ -288,6 +252,7 @@ def main(args: argparse.Namespace) -> None:
         stage="ppo",
         inputs=inputs,
         arguments=vars(args),
+        defaults=vars(parse_args(["--sft_model_path=x", "--rm_model_path=x"])),
         data=fingerprint(args.data_dir),
         resume=args.resume,
         keep=args.keep,
@@ -305,10 +270,20 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     if args.reward_fn:
         score = score_by_function(args.reward_fn)
         say(f"reward: what {args.reward_fn} returns")
-    elif isinstance(known := check_reward_model(args, tokenizer), RewardFacts):
-        rm_path, mean_reward = args.rm_model_path, known.reward_mean
-        if args.normalize_reward == "stored":
-            scale = stored_scale(known, path=rm_path)
+    else:
+        known = read_judge(
+            args.rm_model_path,
+            tokenizer,
+            max_len=args.max_len,
+            max_reward=args.max_reward,
+            label=args.reward_label,
+            needs_spread=args.normalize_reward == "stored",
+            shared_with=sft_path if args.share_trunk else None,
+        )
+        if isinstance(known, RewardFacts):  # on whose trunk a critic can begin
+            rm_path, mean_reward = args.rm_model_path, known.reward_mean
+            if args.normalize_reward == "stored":
+                scale = stored_scale(known, path=rm_path)
     if args.normalize_reward != "none":
         mean_reward = 0.0  # in its units
     limits = {"max_len": args.max_len, "min_len": args.min_gen_len}
@@ -317,7 +292,6 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         prompts = read("train", args.max_samples)
         heldout = read("eval", args.eval_samples)
     room = Room(args.micro_batch_size)
-    placed = {"device": runtime.device, "pad_id": tokenizer.pad_token_id}
     policy, ref_policy, critic = load_models(
         sft_path,
         rm_path,
@@ -327,7 +301,8 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         share_trunk=args.share_trunk,
         gradient_checkpointing=args.gradient_checkpointing,
         compile=args.compile,
-        **placed,
+        device=runtime.device,
+        pad_id=tokenizer.pad_token_id,
     )
     penalty = Penalty(args.beta).to(runtime.device)
     modules = {"policy": policy, "penalty": penalty, "scale": scale.to(runtime.device)}
@@ -337,17 +312,16 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         say(trained_share(*modules.values()))
     sampling = build_sampling(args, tokenizer, policy)
     actors = Actors(policy, ref_policy, critic, sampling, runtime)
-    flag = "--rm_model_path"
-    if rm_path:
-        if args.share_trunk:
-            reward_model = SharedRewardModel(policy, rm_path, flag=flag)
-        else:
-            reward_model = load_reward_model(rm_path, flag=flag, **placed)
-        score = score_by_model(reward_model, known, runtime=runtime)
-    elif not args.reward_fn:
-        classifier, model = load_classifier(known, flag=flag, device=runtime.device)
-        say(classifier.told(max_len=args.max_len))
-        score = score_by_classifier(classifier, model, runtime=runtime)
+    if not args.reward_fn:
+        score = load_judge(
+            known,
+            args.rm_model_path,
+            policy=policy,
+            share_trunk=args.share_trunk,
+            max_len=args.max_len,
+            pad_id=tokenizer.pad_token_id,
+            runtime=runtime,
+        )
     set_generation_defaults(policy, tokenizer, **sampling.generation_config())
 
     plan = plan_epochs(

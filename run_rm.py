@@ -58,7 +58,7 @@ from rlhf.models import (
 )
 from rlhf.optim import build_schedule, optimizer_step
 from rlhf.processes import main_first, share_of, sum_over_processes
-from rlhf.rankings import Ranking, rank_responses
+from rlhf.rankings import Ranking, list_pairs, rank_responses
 from rlhf.records import SCORED, changed_since_written, fingerprint, read_split, score_scale
 from rlhf.resume import Progress
 from rlhf.rewards import pairwise_reward, regression_reward, target_rewards
@@ -184,6 +184,7 @@ def main(args: argparse.Namespace) -> None:
         stage="rm",
         inputs={"--sft_model_path": args.sft_model_path, "--data_dir": args.data_dir},
         arguments=vars(args),
+        defaults=vars(parse_args(["--sft_model_path=x"])),
         data={**fingerprint(args.data_dir), "score_scale": list(score_scale(args.data_dir))},
         resume=args.resume,
         keep=args.keep,
@@ -340,13 +341,10 @@ def item_losses(
     if args.loss == "regression":
         rewards = regression_reward(logits, max_reward=args.max_reward)
         return regression_reward_loss(rewards, targets)
-    starts = accumulate((len(item.rows) for item in items), initial=0)
-    pairs = [
-        (owner, start + better, start + worse)
-        for owner, (start, item) in enumerate(zip(starts, items, strict=False))
-        for better, worse in item.pairs
-    ]
-    owners, better, worse = torch.tensor(pairs, device=logits.device).T  # (N,) each
+    starts = torch.tensor([0, *accumulate(len(item.rows) for item in items)], device=logits.device)
+    pairs = list_pairs(item.pairs for item in items)
+    owners, *positions = torch.tensor(pairs, device=logits.device).T  # (N,) each
+    better, worse = (starts[owners] + position for position in positions)
     if args.margin:
         margins = targets[better] - targets[worse]
         losses = margin_reward_loss(logits[better], logits[worse], margins)  # (N,)

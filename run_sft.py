@@ -137,6 +137,7 @@ def main(args: argparse.Namespace) -> None:
         stage="sft",
         inputs=inputs,
         arguments=vars(args),
+        defaults=vars(parse_args([])),
         data=fingerprint(args.data_dir),
         resume=args.resume,
         keep=args.keep,

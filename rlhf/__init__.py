@@ -24,6 +24,7 @@
     comparisons  better and worse responses, and their logprobs under policy and reference
     rewards      a reward model's logit, or a Python function, to a score
     classifiers  any text classifier's logit to a score
+    scorers      who scores the responses: our reward model or another
     masked       means over real tokens
     advantages   scores and KL to rewards, rewards and values to advantages
     losses       one function for each equation

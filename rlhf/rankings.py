@@ -1,7 +1,7 @@
 """RANKINGS: which responses answer the same prompt, and which of two is the better one."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -42,3 +42,12 @@ def rank_responses(prompt_ids: Sequence[Hashable], scores: Sequence[float]) -> l
         if pairs:
             rankings.append(Ranking(rows, pairs))
     return rankings
+
+
+def list_pairs(groups: Iterable[Iterable[tuple[int, int]]]) -> list[tuple[int, int, int]]:
+    """Give the pairs of several groups as one list, each behind the number of its group.
+
+    >>> list_pairs([[(0, 1)], [(1, 0), (2, 0)]])
+    [(0, 0, 1), (1, 1, 0), (1, 2, 0)]
+    """
+    return [(group, *pair) for group, pairs in enumerate(groups) for pair in pairs]

@@ -262,7 +262,7 @@ def first_failure(
     for row in rows:
         try:
             call([row])
-        except Exception as own:
+        except Exception as own:  # now for one prompt alone
             *_, place = extract_tb(own.__traceback__)
             where = f"{Path(place.filename).name} line {place.lineno}"
             if place.filename == __file__:  # its signature does not fit

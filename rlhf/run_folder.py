@@ -42,15 +42,19 @@ from rlhf.sharding import whole_weights
 FREE_ARGUMENTS = {"ckpt_dir", "gpu_id", "keep", "log_step", "report_to", "resume", "save_every"}
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[str]:
     """Tell in which arguments and inputs two runs differ.
 
-    An argument that the earlier one did not know was off: as 0, false and none are.
+    An argument that the earlier one had not heard of yet had its default.
     """
     told = []
-    for name in sorted({*then["arguments"], *now["arguments"]}):
-        old, new = then["arguments"].get(name), now["arguments"].get(name)
-        if (old or None) != (new or None):
+    paths = {flag.removeprefix("--") for flag in (*then["inputs"], *now["inputs"])}
+    for name in sorted({*then["arguments"], *now["arguments"]} - paths):
+        old = then["arguments"].get(name, defaults.get(name))
+        new = now["arguments"].get(name)
+        if old != new:
             told.append(f"--{name} was {old}, is {new}")
     alone = {"number of processes": 1, "stage of ZeRO": 0}
     old, new = (run.get("processes", alone) for run in (then, now))
@@ -69,7 +73,8 @@ class RunFolder:
 
     `inputs` maps flags to the paths that the run reads, its parent checkpoint first. `resume` is
     "auto" (go on with a run that was stopped), "never" (start afresh) or "must" (go on or fail).
-    `standing` tells what there is to do: "new", "stopped" or "finished".
+    `standing` tells what there is to do: "new", "stopped" or "finished". `defaults` are the
+    arguments': what a run did that had not heard of one of them yet.
 
     Nothing is written before `start`. Raises: InputError if the folder cannot take the run, another
     process holds it, an input is damaged, or a run that was stopped was another.
@@ -82,12 +87,14 @@ class RunFolder:
         stage: str,
         inputs: dict[str, str],
         arguments: dict[str, Any],
+        defaults: Mapping[str, Any],
         data: dict[str, str],
         resume: str,
         keep: int = 0,
         zero_stage: int = 0,
     ) -> None:
         self.path, self.stage, self.keep, self.resume = Path(path), stage, keep, resume
+        self.defaults = defaults
         check_run_folder(self.path, inputs)
         for flag, read in inputs.items():
             require_undamaged(read, flag=flag)
@@ -96,7 +103,7 @@ class RunFolder:
         flag, parent = next(iter(inputs.items()))
         self.model = model_name(parent, flag=flag)
         # An input is the same wherever it lies, and another if its content is.
-        paths = {name for name, value in arguments.items() if inputs.get(f"--{name}") == value}
+        paths = {name for name, value in arguments.items() if value == inputs.get(f"--{name}", "")}
         content = {flag: content_of(read) for flag, read in inputs.items() if flag != "--data_dir"}
         self.made_from = {
             "arguments": {k: v for k, v in arguments.items() if k not in FREE_ARGUMENTS | paths},
@@ -138,7 +145,7 @@ class RunFolder:
         then = record["made_from"]
         if finished:  # by however many processes
             then = {**then, "processes": self.made_from["processes"]}
-        changed = differences(then, self.made_from)
+        changed = differences(then, self.made_from, self.defaults)
         if finished:
             is_there = (self.path / "best" / RUN_FILE).is_file()
             return "finished" if is_there and not changed else "new"

@@ -170,6 +170,8 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
         os.write(told, b"here")
         signal.pause()
     os.read(ready, 4)
+    with pytest.raises(InputError):
+        require_unlocked(tmp_path, flag="--x")
     os.close(lock.descriptor)  # as the end of this process would
     lock.descriptor = -1
     try:

@@ -14,12 +14,12 @@ import run_sft
 from toyworld.__main__ import main as make_world
 from toyworld.__main__ import parse_args as parse_world
 from toyworld.base_model import build_model, build_tokenizer
+from toyworld.best_of import best_of_n
 from toyworld.measure import load_policy, read_prompts, response_text
 from toyworld.optimum import (
     Exam,
     Question,
     Tree,
-    best_of_n,
     exact_figures,
     expectation,
     graded_leaves,

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import run_ppo
 from rlhf.advantages import adaptive_beta
+from rlhf.disk import read_record, replace_record
 from tests.faults.world import content
 from tests.test_resume import stop
 from tests.test_scripts import BOTH, PPO, rows, run
@@ -278,6 +279,20 @@ def test_adaptive_runs_without_a_critic_resume(ppo, tmp_path, name, call):
     assert stop("ppo", start, tmp_path / "cut", name, call) == 143
     start("ppo", tmp_path / "cut")
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_a_run_from_before_these_choices_is_this_very_run(ppo, tmp_path, capsys):
+    ppo(tmp_path, "--max_steps=1")
+    file = tmp_path / ".resume/run.json"
+    record = read_record(file)
+    new = ("advantage", "num_responses", "kl_controller", "target_kl", "early_stop_kl")
+    for name in (*new, "normalize_reward", "reward_label"):
+        del record["made_from"]["arguments"][name]
+    replace_record(file, record)
+    ppo(tmp_path, "--max_steps=1")
+    assert "this very run is finished" in capsys.readouterr().out
+    ppo(tmp_path, "--max_steps=1", "--num_responses=2")
+    assert (tmp_path / "earlier/1").is_dir()
 
 
 # What is refused

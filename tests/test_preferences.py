@@ -63,7 +63,6 @@ def test_beta_and_sft_coeff_are_the_losses_own_unless_told():
     assert [settings(loss).sft_coeff for loss in LOSSES] == [0, 0, 0, 0, 1]
     assert settings("ipo", "--beta=0.1", "--sft_coeff=0.3").beta == 0.1
     assert settings("rrhf", "--sft_coeff=0").sft_coeff == 0
-    assert [settings(loss).simpo_gamma for loss in LOSSES] == [None, None, None, 1.0, None]
 
 
 @pytest.mark.parametrize(

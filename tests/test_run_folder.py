@@ -23,6 +23,7 @@ def build_run(path: Path, resume: str = "auto", **inputs: str) -> RunFolder:
         stage="sft",
         inputs={"--model_id": "openai-community/gpt2", **inputs},
         arguments={"seed": 42},
+        defaults={},
         data={"train.jsonl": "abc"},
         resume=resume,
     )
