@@ -35,6 +35,7 @@
     earlier      the runs that a folder holds, and how one makes place
     trunk        policy, reference, critic and reward model on one trunk
     run_folder   one run of a stage: what it was made from, its checkpoints, `best`
+    page         one HTML file that needs nothing else
     metrics      console, metrics.jsonl, trackers, training.png
     memory       what does not fit into it is done again in smaller parts
     resume       what a stopped run goes on from, and how it is stopped

@@ -108,6 +108,18 @@ def nonempty(text: str) -> str:
     return text
 
 
+def named_path(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=PATH.
+
+    >>> named_path("SFT=.model/sft/best")
+    ('SFT', '.model/sft/best')
+    """
+    name, _, path = text.partition("=")
+    if not name.strip() or not path.strip():
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH, not {text!r}")
+    return name, path
+
+
 def boolean(text: str) -> bool:
     """An argparse type: true/false, yes/no, on/off, 1/0, in any case."""
     words = {"true": True, "yes": True, "on": True, "1": True}

@@ -78,6 +78,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "checkpoints": {"disk", "lora", "processes"},
     "earlier": {"checkpoints", "disk"},
     "run_folder": {"checkpoints", "disk", "earlier", "processes", "sharding"},
+    "page": set(),
     "metrics": {"disk", "processes"},
     "trunk": {"checkpoints", "lora", "models"},
     "comparisons": {

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from rlhf.arguments import Parser, count, non_negative, positive, positive_count
+from rlhf.arguments import Parser, count, named_path, non_negative, positive, positive_count
 from rlhf.disk import commit
 from rlhf.errors import run_script
+from rlhf.page import page, picture, to_png
 from toyworld.measure import (
     Model,
     load_policy,
@@ -28,7 +29,6 @@ from toyworld.measure import (
     read_prompts,
 )
 from toyworld.optimum import Exam, prepare_exam
-from toyworld.page import page, picture, to_png
 from toyworld.pictures import (
     FRONTIER_BETAS,
     MARKED_BETAS,
@@ -60,14 +60,6 @@ pays for a name where none was asked for: on those prompts the learned reward ri
 reward falls. That is over-optimisation (arXiv 2210.10760), and training itself cannot see it."""
 
 
-def named_path(text: str) -> Run:
-    """Split NAME=PATH: an argparse type."""
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise argparse.ArgumentTypeError(f"must be NAME=PATH, not {text!r}")
-    return Run(name, Path(path))
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the arguments."""
     parser = Parser("Compare checkpoints on held-out prompts of the toy world.")
@@ -96,6 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
         parser.error(f"--out_dir={args.out_dir} is a file; give a folder")
+    args.model = [Run(name, Path(path)) for name, path in args.model]
     names = [run.name for run in args.model]
     if len(set(names)) < len(names):
         parser.error(f"--model: each needs a name of its own, not {', '.join(names)}")
