@@ -6,12 +6,14 @@
 
 The model is the SFT model with a head that gives one logit, read at the last token that isn't
 padding; where EOS pads, that is the one before EOS.
-Reads `.data/rm`, writes a checkpoint for every epoch into `.model/rm`. In a healthy log the loss
-falls, `eval_accuracy` rises above 0.5 and above `longer_is_better`, the accuracy of preferring the
-longer response: a model that stays below it has learned less than a ruler knows.
+Reads `.data/rm`, and for the last two losses pairs as well, as `.data/pref` has them; writes a
+checkpoint for every epoch into `.model/rm`. In a healthy log the loss falls, `eval_accuracy` rises
+above 0.5 and above `longer_is_better`, the accuracy of preferring the longer response: a model that
+stays below it has learned less than a ruler knows.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, chain
@@ -22,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.arguments import (
+    COMPILING,
     Parser,
     add_boolean,
     add_lora_arguments,
@@ -39,8 +42,9 @@ from rlhf.arguments import (
     share,
 )
 from rlhf.batches import Room, build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.curves import Panel
 from rlhf.errors import InputError, run_script
-from rlhf.evaluation import pair_accuracy, spearman
+from rlhf.evaluation import PairAccuracy, pair_accuracy, spearman
 from rlhf.lora import add_adapter, trained_share
 from rlhf.losses import (
     centering_loss,
@@ -58,8 +62,16 @@ from rlhf.models import (
 )
 from rlhf.optim import build_schedule, optimizer_step
 from rlhf.processes import main_first, share_of, sum_over_processes
-from rlhf.rankings import Ranking, list_pairs, rank_responses
-from rlhf.records import SCORED, changed_since_written, fingerprint, read_split, score_scale
+from rlhf.rankings import Ranking, list_pairs, rank_pairs, rank_responses, rows_of_pairs
+from rlhf.records import (
+    PAIR,
+    SCORED,
+    changed_since_written,
+    fingerprint,
+    holds_pairs,
+    read_split,
+    score_scale,
+)
 from rlhf.resume import Progress
 from rlhf.rewards import pairwise_reward, regression_reward, target_rewards
 from rlhf.run_folder import RunFolder
@@ -68,14 +80,25 @@ from rlhf.runtime import (
     require_equal_shares,
     require_whole_models,
     start_runtime,
-    start_trackers,
 )
+from rlhf.samples import judged_samples, texts_of
 from rlhf.sharding import in_step, run_whole, shard
-from rlhf.tokens import Sample, count_dropped, encode_samples
+from rlhf.splits import SIDES
+from rlhf.tokens import count_dropped, encode_samples
+from rlhf.trackers import start_trackers
+
+PANELS = [
+    Panel("loss", ["loss", "eval_loss"]),
+    Panel("share of pairs in order", ["eval_accuracy", "longer_is_better"]),
+    Panel("reward of held-out responses", ["reward_mean"], spread="reward_std"),
+    Panel("rank correlation with the scores", ["eval_spearman"]),
+    Panel("gradient norm", ["grad_norm"]),
+    Panel("learning rate", ["lr"]),
+]
 
 
 def build_parser() -> Parser:
-    parser = Parser("Reward model training on the scored responses in .data/rm.")
+    parser = Parser("Reward model training on scored responses, or on pairs of responses.")
     add = parser.add_argument
     add("--seed", type=seed, default=42, help="seed of the new head, order and dropout")
     add("--data_dir", type=nonempty, default=".data/rm", help="holds train.jsonl and eval.jsonl")
@@ -124,7 +147,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Responses:
-    """Scored responses as ids, with what is needed to train and to judge a reward model."""
+    """Responses as ids, with what is needed to train and to judge a reward model.
+
+    Where the file holds pairs, these and no others are compared: of two responses that were each
+    the worse one, nobody has said which is better.
+    """
 
     def __init__(
         self,
@@ -133,7 +160,11 @@ class Responses:
         side: str,
         max_samples: int,
     ) -> None:
-        records = read_split(args.data_dir, side, SCORED, max_samples)
+        self.pairs: list[tuple[int, int]] | None = None  # (better, worse) rows, if the file says
+        if holds_pairs(args.data_dir, side):
+            records, pairs = rows_of_pairs(read_split(args.data_dir, side, PAIR, max_samples))
+        else:
+            records, pairs = read_split(args.data_dir, side, SCORED, max_samples), None
         encoded = encode_samples(
             tokenizer,
             [record["prompt"] for record in records],
@@ -142,17 +173,22 @@ class Responses:
             min_len=args.min_target_len,
             data_dir=args.data_dir,
         )
-        kept = [(s, record) for s, record in zip(encoded, records, strict=True) if s]
+        kept = [row for row, sample in enumerate(encoded) if sample]
+        counts = len(kept), len(records)
+        if pairs is not None:
+            whole = [(i, j) for i, j in pairs if encoded[i] and encoded[j]]
+            kept, counts = sorted({*chain.from_iterable(whole)}), (len(whole), len(pairs))
+            places = {row: place for place, row in enumerate(kept)}
+            self.pairs = [(places[i], places[j]) for i, j in whole]
         room = {"max_len": args.max_len, "min_len": args.min_target_len}
-        say(count_dropped(len(kept), len(records), side=side, **room))
+        say(count_dropped(*counts, side=side, **room))
         self.file = Path(args.data_dir) / f"{side}.jsonl"
-        self.samples: list[Sample] = [sample for sample, _ in kept]
+        self.samples = [sample for row in kept if (sample := encoded[row])]
         self.lengths = [sample_length(sample) for sample in self.samples]
-        self.scores = [record["score"] for _, record in kept]
-        self.prompt_ids = [record["prompt_id"] for _, record in kept]
-        self.targets = target_rewards(
-            self.scores, scale=score_scale(args.data_dir), max_reward=args.max_reward
-        )
+        self.scores = [records[row]["score"] for row in kept]
+        self.prompt_ids = [records[row]["prompt_id"] for row in kept]
+        self.scale = score_scale(args.data_dir)
+        self.targets = target_rewards(self.scores, scale=self.scale, max_reward=args.max_reward)
 
     def items(self, loss: str) -> list[Ranking]:
         """What --batch_size counts: a response, a pair of them, or all those to one prompt.
@@ -161,7 +197,10 @@ class Responses:
         """
         if loss == "regression":
             return [Ranking([row], []) for row in range(len(self.samples))]
-        rankings = rank_responses(self.prompt_ids, self.scores)
+        if self.pairs is None:
+            rankings = rank_responses(self.prompt_ids, self.scores)
+        else:
+            rankings = rank_pairs(self.prompt_ids, self.pairs)
         if not rankings:
             raise InputError(
                 f"--loss={loss}: no prompt in {self.file} has responses with different scores,"
@@ -172,12 +211,41 @@ class Responses:
         pairs = chain.from_iterable(ranking.row_pairs() for ranking in rankings)
         return [Ranking([*pair], [(0, 1)]) for pair in pairs]
 
+    def accuracy(self, values: Sequence[float]) -> PairAccuracy:
+        """How often the better of two responses has the higher value."""
+        if self.pairs is None:
+            return pair_accuracy(values, self.scores, self.prompt_ids)
+        paired = [values[row] for pair in self.pairs for row in pair]
+        groups = [pair for pair in range(len(self.pairs)) for _ in "ab"]
+        return pair_accuracy(paired, [1.0, 0.0] * len(self.pairs), groups)
+
+    def correlation(self, values: Sequence[float]) -> float:
+        """Spearman's correlation of values and scores; nan for pairs that nobody scored.
+
+        These have the two ends of the scale in place of scores.
+        """
+        ends = {(self.scores[i], self.scores[j]) for i, j in self.pairs or []}
+        return math.nan if ends == {self.scale[::-1]} else spearman(values, self.scores)
+
+
+def check_form(args: argparse.Namespace) -> None:
+    """Stop before scores are learned from pairs, which say only which response is better."""
+    for side in SIDES:
+        if args.loss == "regression" and holds_pairs(args.data_dir, side):
+            raise InputError(
+                f"--loss=regression learns scores, but --data_dir={args.data_dir} holds pairs"
+                f" ({side}.jsonl): choose --loss=pairwise or --loss=listwise, or rows with scores,"
+                " as .data/rm has them"
+            )
+
 
 def main(args: argparse.Namespace) -> None:
+    check_form(args)
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     require_equal_shares(batch_size=args.batch_size)
     require_whole_models(runtime, use_peft=args.use_peft, compile=args.compile)
     say(runtime.notice)
+    check_form(args)
     say(changed_since_written(args.data_dir))
     with RunFolder(
         args.ckpt_dir,
@@ -214,6 +282,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     prepare_training(
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
+    say(COMPILING if args.compile else "")
     shard(model, zero_stage=runtime.zero_stage)
     lengths = [max(responses.lengths[row] for row in item.rows) for item in items]
     plan = plan_epochs(
@@ -249,11 +318,12 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         seed=args.seed,
     ) as progress:
         judge = partial(evaluate, args, model, heldout, judged, pad_id, runtime)
+        show = partial(judged_samples, *texts_of(tokenizer, heldout.samples))
         if not metrics.rows:
-            results, reward = progress.fitting(judge)
+            results, reward, rewards = progress.fitting(judge)
             num_pairs, num_ties = reward["num_pairs"], reward["num_ties"]
             say(f"eval_accuracy: over {num_pairs} pairs of responses; {num_ties} tie")
-            metrics.add_epoch(0, results)
+            metrics.add_epoch(0, results, show(reward=rewards, target=heldout.targets))
         add = partial(add_gradient, args, model, responses, pad_id, runtime)
         for epoch, batches in progress.left():
             model.train()
@@ -273,7 +343,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                         epoch=done,
                         num_tokens=sum(responses.lengths[row] for row in rows_of(here)),
                     )
-            results, reward = progress.fitting(judge)
+            results, reward, rewards = progress.fitting(judge)
             with progress.whole():
                 folder.save_epoch(
                     model,
@@ -281,11 +351,15 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                     epoch=epoch,
                     figure=f"loss={results['eval_loss']:.4f}",
                     objective=results["eval_loss"],
-                    facts={"metrics": results, "reward": reward},
+                    facts={
+                        "metrics": results,
+                        "before_training": metrics.rows[0],
+                        "reward": reward,
+                    },
                 )
-                metrics.add_epoch(epoch, results)
+                metrics.add_epoch(epoch, results, show(reward=rewards, target=heldout.targets))
     metrics.finish(
-        [["loss", "eval_loss"], ["eval_accuracy", "longer_is_better"], ["eval_spearman"]],
+        PANELS,
         best=folder.path / "best",
         next_step=command(
             "exec_run_ppo.sh",
@@ -373,8 +447,8 @@ def evaluate(
     pad_id: int,
     runtime: Runtime,
     room: Room,
-) -> tuple[dict[str, float], dict[str, object]]:
-    """Judge the model on held-out responses; returns metrics, and what PPO must know of it.
+) -> tuple[dict[str, float], dict[str, object], Tensor]:
+    """Judge the model on held-out responses: metrics, what PPO must know of it, the rewards.
 
     Mean and standard deviation of logit and reward are taken over these responses too: they are of
     the kind that the SFT model has learned to write.
@@ -393,13 +467,13 @@ def evaluate(
         rewards = pairwise_reward(logits, logit_mean=logit_mean, max_reward=args.max_reward)
     rows = rows_of(items)
     losses = item_losses(args, items, logits[rows], heldout.targets[rows])
-    accuracy = pair_accuracy(logits.tolist(), heldout.scores, heldout.prompt_ids)
+    accuracy = heldout.accuracy(logits.tolist())
     lengths = [len(sample.response_ids) for sample in heldout.samples]
     metrics = {
         "eval_loss": float(losses.mean()),
         "eval_accuracy": accuracy.accuracy,
-        "longer_is_better": pair_accuracy(lengths, heldout.scores, heldout.prompt_ids).accuracy,
-        "eval_spearman": spearman(logits.tolist(), heldout.scores),
+        "longer_is_better": heldout.accuracy(lengths).accuracy,
+        "eval_spearman": heldout.correlation(logits.tolist()),
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
     }
@@ -414,7 +488,7 @@ def evaluate(
         "num_pairs": accuracy.num_pairs,
         "num_ties": accuracy.num_ties,
     }
-    return metrics, reward
+    return metrics, reward, rewards
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Checkpoints: folders that other tools load, described by `run.json`, checked before use."""
 
+import errno
 import hashlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,12 @@ def model_name(path: str, *, flag: str) -> str:
     """Name the base model: as `run.json` tells, else the last part of the path or Hub id."""
     name = read_run(path, flag=flag).get("model")
     return name if isinstance(name, str) else os.path.basename(os.path.abspath(path))
+
+
+def base_model(path: str, *, flag: str) -> str | None:
+    """Name the model on the Hub that all began with; None if it came from elsewhere."""
+    run = read_run(path, flag=flag)
+    return run.get("base_model") if run or Path(path).exists() else path
 
 
 def require_undamaged(path: str, *, flag: str) -> None:
@@ -107,12 +115,13 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     run: dict[str, Any],
+    cards: Mapping[str, str] | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint of safetensors, tokenizer and `run.json` under `folder / name`.
 
-    A model with an adapter is written merged, and the adapter in a folder within. `weights` stand
-    in for those of a model that does not hold its own.
+    A model with an adapter is written merged, and the adapter in a folder within. `cards` are texts
+    by their places in it; `weights` stand in for those of a model that does not hold its own.
     Raises: RunError if a weight is not finite, or the disk is full.
     """
     require_finite(weights or dict(model.named_parameters()), what=name)
@@ -124,6 +133,8 @@ def save_checkpoint(
         save_adapter(model, temporary / ADAPTER_FOLDER, parent=run.get("parent", ""))
         tokenizer.save_pretrained(temporary)
         write_json(temporary / RUN_FILE, run)
+        for place, text in (cards or {}).items():
+            (temporary / place).write_bytes(text.encode("utf-8", "backslashreplace"))
         commit(temporary, folder / name)
     except (OSError, SafetensorError) as error:  # a full disk may end in either
         shutil.rmtree(temporary, ignore_errors=True)
@@ -133,9 +144,9 @@ def save_checkpoint(
 
 def full_disk(path: Path, error: Exception) -> RunError:
     """Return what ends a run that cannot write."""
-    return RunError(
-        f"{path}: cannot be written ({error}); free some space and start the same command again"
-    )
+    is_full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space and start the same command again" if is_full else "name another place"
+    return RunError(f"{path}: cannot be written ({error}); {remedy}")
 
 
 def named_checkpoint(path: str) -> str:

@@ -22,7 +22,7 @@ from rlhf.splits import SIDES, SPLITS, Counts, Splits
 
 MANIFEST = "manifest.json"
 OLD = "old"
-REMEDY = "make it with sh exec_load_dataset.sh"
+REMEDY = "make it with sh exec_load_dataset.sh, or pairs by /better on two questions in run_chat.py"
 
 
 class PromptRecord(TypedDict):
@@ -33,26 +33,20 @@ class PromptRecord(TypedDict):
     prompt_id: str
 
 
-class ScoredRecord(TypedDict):
+class ScoredRecord(PromptRecord):
     """A line of the sft and rm splits."""
 
-    prompt: Prompt
     response: str
     score: float
-    source: str
-    prompt_id: str
 
 
-class PairRecord(TypedDict):
+class PairRecord(PromptRecord):
     """A line of the pref split."""
 
-    prompt: Prompt
     chosen: str
     rejected: str
     chosen_score: float
     rejected_score: float
-    source: str
-    prompt_id: str
 
 
 Record = TypeVar("Record", PromptRecord, ScoredRecord, PairRecord)
@@ -192,6 +186,17 @@ def read_split(
     return records
 
 
+def holds_pairs(data_dir: str | Path, side: str) -> bool:
+    """Tell by its first line if a side holds pairs. Raises: InputError if there is no such file."""
+    with _split_file(data_dir, side).open("rb") as file:
+        line = next(filter(bytes.strip, file), b"")
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        return {*PAIR.texts} <= {*row} and "response" not in row
+    except (ValueError, RecursionError, TypeError):  # `read_split` says what is wrong with it
+        return False
+
+
 def prompt_text(prompt: Prompt) -> str:
     """Return a prompt as one text to look at: a dialogue as `User: ...`, `Assistant: ...`."""
     if isinstance(prompt, str):
@@ -282,8 +287,7 @@ def _checked(row: object, schema: Schema[Record], scale: tuple[float, float]) ->
     scores = {name: float(fields[name]) for name in schema.scores}
     if schema is PAIR and scores["chosen_score"] < scores["rejected_score"]:
         raise ValueError("chosen is scored below rejected")
-    texts = {name: fields[name] for name in schema.texts}
-    record = {"prompt": prompt, **texts, **scores}
+    record = {"prompt": prompt, **{name: fields[name] for name in schema.texts}, **scores}
     return cast(Record, record | {"source": fields["source"], "prompt_id": fields["prompt_id"]})
 
 

@@ -14,8 +14,10 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.cards import data_origin, model_cards
 from rlhf.checkpoints import (
     RUN_FILE,
+    base_model,
     content_of,
     git_commit,
     model_name,
@@ -119,7 +121,12 @@ class RunFolder:
             "arguments": arguments,
             "parent": named_checkpoint(parent),
             "parent_content": content[flag],
+            "base_model": base_model(parent, flag=flag),
+            "other_inputs": {
+                k: v for k, v in self.made_from["inputs"].items() if k not in (flag, "--data_dir")
+            },
             "data": data,
+            "data_origin": data_origin(inputs["--data_dir"], data),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
@@ -260,7 +267,15 @@ class RunFolder:
             return
         name = f"{self.model}_{self.stage}_epoch={epoch}_{figure}"
         run = {**self.facts, "epoch": epoch, **facts}
-        save_checkpoint(self.path, name, model=model, tokenizer=tokenizer, run=run, weights=weights)
+        save_checkpoint(
+            self.path,
+            name,
+            model=model,
+            tokenizer=tokenizer,
+            run=run,
+            cards=model_cards(run, tokenizer, folder=self.path / name),
+            weights=weights,
+        )
         if objective < self.lowest:
             self.lowest = objective
             link(self.path / "best", name)

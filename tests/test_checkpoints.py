@@ -22,7 +22,7 @@ from rlhf.checkpoints import (
     save_tensors,
     weights_fingerprint,
 )
-from rlhf.disk import without_nan
+from rlhf.disk import sha256_of, without_nan
 from rlhf.errors import InputError, RunError
 from tests.conftest import build_gpt2
 
@@ -180,14 +180,24 @@ def test_one_flipped_bit_or_a_missing_file_is_named(name, gpt2, tokenizer, tmp_p
 
 def test_a_checkpoint_of_ours_has_checksums_and_a_foreign_one_needs_none(gpt2, tokenizer, tmp_path):
     path = save_checkpoint(tmp_path, "x", model=gpt2, tokenizer=tokenizer, run={})
-    (path / "README.md").write_text("a model card of one's own")
-    require_undamaged(str(path), flag="--x")
     (path / "SHA256SUMS").unlink()
     with pytest.raises(InputError, match="its SHA256SUMS cannot be read"):
         require_undamaged(str(path), flag="--x")
     (path / "run.json").unlink()
     for foreign in (path, tmp_path / "nowhere", "openai-community/gpt2"):
         require_undamaged(str(foreign), flag="--x")
+
+
+def test_a_card_has_a_checksum_and_may_be_edited_or_removed(gpt2, tokenizer, tmp_path):
+    cards = {"README.md": "ours\n"}
+    path = save_checkpoint(tmp_path, "x", model=gpt2, tokenizer=tokenizer, run={}, cards=cards)
+    assert f"{sha256_of(path / 'README.md')}  README.md\n" in (path / "SHA256SUMS").read_text()
+    (path / "README.md").write_text("a model card of one's own")
+    require_undamaged(str(path), flag="--x")
+    save_checkpoint(tmp_path, "x", model=gpt2, tokenizer=tokenizer, run={}, cards=cards)
+    assert (path / "README.md").read_text() == "a model card of one's own"  # nothing else differs
+    (path / "README.md").unlink()
+    require_undamaged(str(path), flag="--x")
 
 
 def test_checksums_are_those_that_sha256sum_checks(gpt2, tokenizer, tmp_path):

@@ -3,14 +3,18 @@
 import argparse
 import json
 import math
+import shutil
 from itertools import chain
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import run_rm
+from rlhf.errors import InputError
 from rlhf.rankings import Ranking
-from tests.conftest import write_jsonl
+from rlhf.tokens import decode_response
+from tests.conftest import EOS, write_jsonl
 from tests.test_scripts import PPO, epochs, rows, run
 
 FAST = ["--learning_rate=1e-3", "--batch_size=4", "--log_step=1"]
@@ -74,6 +78,7 @@ def ranked_dir(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_listwise_is_pairwise_where_each_prompt_has_two_responses(root, data_dir, tmp_path):
     options = [*FAST, "--max_steps=5", "--margin", "--center_coeff=0.1"]
     folders = [
@@ -104,6 +109,7 @@ def test_each_response_of_a_prompt_is_read_once(root, ranked_dir, tmp_path, monk
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_a_ranking_in_smaller_forwards_has_the_same_loss(root, ranked_dir, tmp_path):
     first, second = (
         rows(
@@ -125,6 +131,7 @@ def test_a_ranking_in_smaller_forwards_has_the_same_loss(root, ranked_dir, tmp_p
         assert [ours[x] for x in names] == pytest.approx([theirs[x] for x in names], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [pytest.param("pairwise", marks=pytest.mark.slow), "listwise"])
 @pytest.mark.parametrize("options", [[], ["--margin"], ["--center_coeff=0.05"]])
 def test_every_way_to_compare_learns_the_order(loss, options, root, ranked_dir, tmp_path):
@@ -134,6 +141,7 @@ def test_every_way_to_compare_learns_the_order(loss, options, root, ranked_dir, 
     assert losses[-1] < losses[0] and accuracies[-1] > 0.9
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_the_one_that_is_trained(root, ranked_dir, tmp_path):
     """On the same rows, and before the first update, both are the same number."""
     same = tmp_path / "rm"
@@ -152,6 +160,7 @@ def test_the_held_out_loss_is_the_one_that_is_trained(root, ranked_dir, tmp_path
     assert epochs(folder, "eval_loss")[0] == pytest.approx(first, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.claim(6)
 def test_ppo_centres_the_logit_of_a_listwise_reward_model(root, data_dir, tmp_path):
     fast = ["--learning_rate=3e-3", "--num_epochs=1"]
@@ -171,3 +180,151 @@ def test_what_compares_is_refused_with_regression(options, capsys):
     name = options[0].partition("=")[0]
     assert name in error and "--loss=pairwise and --loss=listwise: leave it out" in error
     run_rm.parse_args(["--sft_model_path=x", "--loss=listwise", *options])
+
+
+# Pairs in place of scores
+
+
+def pair(prompt, chosen, rejected, scores=(10.0, 1.0)):
+    told = dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **told}
+
+
+# One click among three answers, its opposite for one of them, and another prompt.
+CLICKS = [
+    pair("Name it", "A mat.", "No."),
+    pair("Name it", "A mat.", "The sea is calm."),
+    pair("Name it", "No.", "A mat."),
+    pair("Draw it", "A cat, and a dog.", "No."),
+]
+
+
+@pytest.fixture
+def clicks_dir(tmp_path):
+    for side in ("train", "eval"):
+        write_jsonl(tmp_path / "clicks" / "rm" / f"{side}.jsonl", CLICKS)
+    return tmp_path / "clicks"
+
+
+def read_pairs(root, rows, tmp_path):
+    write_jsonl(tmp_path / "pairs/train.jsonl", rows)
+    path = f"{root}/sft/best"
+    flags = [f"--sft_model_path={path}", f"--data_dir={tmp_path}/pairs", "--max_len=64"]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    args = run_rm.parse_args([*flags, "--loss=pairwise"])
+    return run_rm.Responses(args, tokenizer, "train", 0), tokenizer
+
+
+def test_nothing_is_compared_but_the_pairs_that_are_given(root, tmp_path):
+    responses, tokenizer = read_pairs(root, CLICKS, tmp_path)
+    texts = [decode_response(tokenizer, sample.response_ids) for sample in responses.samples]
+    # A mat. and No. are rows for each of their two scores; the first A mat. is in two pairs.
+    assert texts == [
+        "A mat.",
+        "No.",
+        "The sea is calm.",
+        "No.",
+        "A mat.",
+        "A cat, and a dog.",
+        "No.",
+    ]
+    assert responses.scores == [10.0, 1.0, 1.0, 10.0, 1.0, 10.0, 1.0]
+    pairs = [item.row_pairs() for item in responses.items("pairwise")]
+    assert pairs == [[(0, 1)], [(0, 2)], [(3, 4)], [(5, 6)]]
+    first, second = responses.items("listwise")
+    assert first.row_pairs() == [(0, 1), (0, 2), (3, 4)] and second.row_pairs() == [(5, 6)]
+
+
+def test_accuracy_is_over_the_pairs_that_are_given(root, tmp_path):
+    responses, _ = read_pairs(root, CLICKS, tmp_path)
+    # 3 > 2 right, 3 < 4 wrong, 2 = 2 half, 1 > 0 right. Spearman: nobody has scored.
+    values = [3.0, 2.0, 4.0, 2.0, 2.0, 1.0, 0.0]
+    assert responses.accuracy(values) == (2.5 / 4, 4, 0)
+    assert math.isnan(responses.correlation(values))
+
+
+def test_pairs_with_scores_have_a_rank_correlation(root, tmp_path):
+    rows = [pair("Name it", "A mat.", "No.", (7.0, 3.0)), pair("Draw it", "A cat.", "No.")]
+    responses, _ = read_pairs(root, rows, tmp_path)
+    assert responses.correlation([2.0, 1.0, 3.0, 0.0]) == pytest.approx(1.0)
+    assert responses.correlation([1.0, 2.0, 3.0, 0.0]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+
+
+def test_a_pair_that_has_no_room_takes_its_rows_along(root, tmp_path):
+    long = "Name " * 80
+    responses, _ = read_pairs(root, [pair(long, "A", "B"), *CLICKS[:1]], tmp_path)
+    assert responses.pairs == [(0, 1)] and len(responses.samples) == 2
+
+
+def logits_of(path, records):
+    """Plain transformers, one text at a time: no padding, none of our batches."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    found = []
+    for prompt, response in records:
+        form = f"<instruction>{prompt}</instruction><response>{response}</response>{EOS}"
+        with torch.no_grad():
+            found.append(float(model(torch.tensor([tokenizer(form).input_ids])).logits))
+    return found
+
+
+@pytest.mark.parametrize("options", [[], ["--margin"]], ids=["plain", "margin"])
+@pytest.mark.parametrize("loss", ["pairwise", "listwise"])
+def test_the_loss_on_pairs_is_that_of_bradley_and_terry(loss, options, root, clicks_dir, tmp_path):
+    """The loss after training, of the weights that were saved, pair by pair."""
+    steps = ["--max_steps=2", *FAST]
+    folder = run(
+        "rm", root, clicks_dir, f"--loss={loss}", *steps, *options, ckpt_dir=tmp_path / "rm"
+    )
+    best, worst = (
+        logits_of(folder / "best", [(row["prompt"], row[side]) for row in CLICKS])
+        for side in ("chosen", "rejected")
+    )
+    margin = 4.0 if options else 0.0  # from 1 to --max_reward, as all of these have the same scores
+    losses = [bradley_terry(i - j - margin) for i, j in zip(best, worst, strict=True)]
+    by_prompt = [sum(losses[:3]) / 3, losses[3]]
+    expected = sum(losses) / 4 if loss == "pairwise" else sum(by_prompt) / 2
+    before, *_, row = [row for row in rows(folder) if "eval_loss" in row]
+    assert row["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert epochs(folder, "loss")[0] == pytest.approx(before["eval_loss"], rel=1e-5)  # same rows
+    assert row["eval_spearman"] is None
+    reward = json.loads((folder / "best/run.json").read_text())["reward"]
+    assert (reward["num_pairs"], reward["num_ties"]) == (4, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["pairwise", "listwise"])
+def test_the_first_step_on_pairs_is_one_on_pairwise_reward_loss(loss, root, data_dir, tmp_path):
+    """Where each prompt has one pair, its two responses could as well have come as scored rows."""
+    for split in ("rm", "pref"):
+        shutil.copytree(data_dir / split, tmp_path / split / "rm")
+    options = [f"--loss={loss}", "--max_steps=3", *FAST]
+    ours, theirs = (
+        rows(run("rm", root, tmp_path / split, *options, ckpt_dir=tmp_path / f"out-{split}"))
+        for split in ("pref", "rm")
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        one.pop("tokens_per_second", None), other.pop("tokens_per_second", None)
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_pairs_are_refused_where_scores_are_learned_before_a_model_is_read(tmp_path, clicks_dir):
+    scored = {"prompt": "Name it", "response": "A mat.", "score": 9}
+    for side in ("train", "eval"):
+        folder = shutil.copytree(clicks_dir / "rm", tmp_path / side)
+        other = "eval" if side == "train" else "train"
+        write_jsonl(folder / f"{other}.jsonl", [scored])
+        flags = [f"--data_dir={folder}", "--sft_model_path=nowhere", f"--ckpt_dir={tmp_path}/out"]
+        with pytest.raises(InputError) as caught:
+            run_rm.main(run_rm.parse_args(flags))
+        assert str(caught.value) == (
+            f"--loss=regression learns scores, but --data_dir={folder} holds pairs ({side}.jsonl):"
+            " choose --loss=pairwise or --loss=listwise, or rows with scores, as .data/rm has them"
+        )
+
+
+def test_a_row_that_is_no_pair_among_pairs_is_named(root, clicks_dir, tmp_path):
+    with (clicks_dir / "rm/train.jsonl").open("a") as file:
+        file.write('{"prompt": "Name it", "response": "A mat.", "score": 9}\n')
+    with pytest.raises(InputError, match=r"train\.jsonl line 5: has no 'chosen'"):
+        run("rm", root, clicks_dir, "--loss=pairwise", ckpt_dir=tmp_path / "out")

@@ -16,15 +16,18 @@ from rlhf.errors import InputError, RunError
 from rlhf.run_folder import RunFolder
 from tests.test_checkpoints import Interrupted
 
+ARGUMENTS = {"seed": 42, "max_len": 64, "use_peft": False}
+DATA = {"train.jsonl": "abc", "eval.jsonl": "def"}
+
 
 def build_run(path: Path, resume: str = "auto", **inputs: str) -> RunFolder:
     return RunFolder(
         str(path),
         stage="sft",
-        inputs={"--model_id": "openai-community/gpt2", **inputs},
-        arguments={"seed": 42},
+        inputs={"--model_id": "openai-community/gpt2", "--data_dir": "nowhere/sft", **inputs},
+        arguments=ARGUMENTS,
         defaults={},
-        data={"train.jsonl": "abc"},
+        data=DATA,
         resume=resume,
     )
 
@@ -45,7 +48,7 @@ def save_losses(folder: RunFolder, model: Any, tokenizer: Any, losses: list[floa
             epoch=epoch,
             figure=f"loss={loss:.4f}",
             objective=loss,
-            facts={"metrics": {"eval_loss": loss}},
+            facts={"metrics": {"eval_loss": loss}, "before_training": {"eval_loss": 7.5}},
         )
 
 
@@ -76,12 +79,16 @@ def test_run_json_tells_where_a_checkpoint_comes_from(gpt2, tokenizer, tmp_path)
     assert run == {
         "stage": "sft",
         "model": "gpt2",
-        "arguments": {"seed": 42},
+        "arguments": ARGUMENTS,
         "parent": "openai-community/gpt2",
         "parent_content": content_of("openai-community/gpt2"),
-        "data": {"train.jsonl": "abc"},
+        "base_model": "openai-community/gpt2",
+        "other_inputs": {},
+        "data": DATA,
+        "data_origin": {"split": "sft"},
         "epoch": 1,
         "metrics": {"eval_loss": 2.5},
+        "before_training": {"eval_loss": 7.5},
     }
     assert versions["torch"] == torch.__version__ and {"python", "transformers"} <= set(versions)
     assert commit is None or len(commit) == 40
@@ -121,9 +128,11 @@ def test_a_crash_while_saving_leaves_no_checkpoint_and_no_best(
         ([-1.0, -2.0], 2),  # PPO's objective is the negated one
     ],
 )
-def test_best_is_a_relative_link_to_the_lowest_objective(losses, best, tmp_path, monkeypatch):
+def test_best_is_a_relative_link_to_the_lowest_objective(
+    losses, best, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr("rlhf.run_folder.save_checkpoint", lambda folder, name, **_: folder / name)
-    save_losses(open_run(tmp_path), None, None, losses)
+    save_losses(open_run(tmp_path), None, tokenizer, losses)
     assert os.readlink(tmp_path / "best") == f"gpt2_sft_epoch={best}_loss={losses[best - 1]:.4f}"
 
 

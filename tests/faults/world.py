@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import run_dpo
 import run_ppo
 import run_rm
 import run_sft
+from rlhf.disk import CARD
 from rlhf.errors import run_script
 from toyworld.__main__ import main as make_world
 from toyworld.__main__ import parse_args as parse_world
@@ -124,8 +126,12 @@ def content(folder: Path) -> dict[str, str]:
     files = {}
     for path in sorted(folder.glob("[!.]*_epoch=*/**/*")):
         if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):  # they name the folder
-            name = str(path.relative_to(folder))
-            files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            data = path.read_bytes()
+            if path.name == CARD:  # whose table of arguments does too, in a column as wide as that
+                lines = data.splitlines()
+                data = b"\n".join(line for line in lines if not line.startswith(b"| `--"))
+                data = re.sub(rb"[ -]+", b" ", data)
+            files[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("tokens_per_second", None)
