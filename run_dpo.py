@@ -25,11 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.arguments import (
+    COMPILING,
     Parser,
     add_lora_arguments,
     add_training_arguments,
     auto_or,
     check_lora_arguments,
+    command,
     count,
     lora_options,
     non_negative,
@@ -49,6 +51,7 @@ from rlhf.comparisons import (
     reference_fingerprint,
     response_logprobs,
 )
+from rlhf.curves import Panel
 from rlhf.earlier import RESUME
 from rlhf.errors import InputError, RunError, run_script
 from rlhf.lora import active, add_adapter, trained_share
@@ -73,10 +76,11 @@ from rlhf.runtime import (
     require_equal_shares,
     require_whole_models,
     start_runtime,
-    start_trackers,
 )
+from rlhf.samples import write_samples
 from rlhf.sharding import in_step, run_whole, shard
 from rlhf.tokens import count_dropped, encode_samples
+from rlhf.trackers import start_trackers
 
 BETA = {"dpo": 0.2, "ipo": 0.5, "hinge": 0.2, "simpo": 2.0}  # what --beta=auto means
 OF_MEANS = ("ipo", "simpo", "rrhf")  # look at the mean logprob of a response's tokens, not the sum
@@ -90,6 +94,16 @@ TERMS = (  # of each comparison, under TRL's names
     "logps/chosen",
     "logps/rejected",
 )
+EACH = [(side, which) for which in ("chosen", "rejected") for side in ("", "eval_")]
+PANELS = [
+    Panel("loss", ["loss", "eval_loss"]),
+    Panel("share of pairs won (a tie is not)", ["rewards/accuracies", "eval_rewards/accuracies"]),
+    Panel("margin of the implicit rewards", ["rewards/margins", "eval_rewards/margins"]),
+    Panel("implicit rewards", [f"{x}rewards/{y}" for x, y in EACH]),
+    Panel("log-probability of a response", [f"{x}logps/{y}" for x, y in EACH]),
+    Panel("gradient norm", ["grad_norm"]),
+    Panel("cross-entropy of the chosen", ["nll_loss", "eval_nll_loss"]),
+]
 
 
 def build_parser() -> Parser:
@@ -213,6 +227,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     prepare_training(
         policy, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
+    say(COMPILING if args.compile else "")
     set_generation_defaults(policy, tokenizer)
     pad_id = tokenizer.pad_token_id
     room, cache = Room(args.micro_batch_size), folder.path / RESUME / "ref_logprobs"
@@ -263,8 +278,12 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     ) as progress:
         judge = partial(evaluate, args, policy, pad_id, runtime, heldout, ref_logprobs["eval"])
         add = partial(add_gradient, args, policy, pad_id, runtime)
+        best = [comparison.samples[0] for comparison in heldout]
+        sizes = {"max_len": args.max_len, "seed": args.seed}
+        write = partial(write_samples, policy, tokenizer, best, runtime, **sizes)
         if not metrics.rows:
-            metrics.add_epoch(0, progress.fitting(judge))
+            results = progress.fitting(judge)
+            metrics.add_epoch(0, results, progress.fitting(write) if metrics.report else [])
         for epoch, batches in progress.left():
             for rows, done in batches:
                 batch = [comparisons[row] for row in rows]
@@ -285,6 +304,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                         num_tokens=sum(sample_length(s) for x in batch for s in x.samples),
                     )
             results = progress.fitting(judge)
+            shown = progress.fitting(write) if metrics.report else []
             with progress.whole():
                 folder.save_epoch(
                     policy,
@@ -292,18 +312,16 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                     epoch=epoch,
                     figure=f"loss={results['eval_loss']:.4f}",
                     objective=results["eval_loss"],
-                    facts={"metrics": results},
+                    facts={"metrics": results, "before_training": metrics.rows[0]},
                 )
-                metrics.add_epoch(epoch, results)
+                metrics.add_epoch(epoch, results, shown)
     metrics.finish(
-        [
-            ["loss", "eval_loss"],
-            ["rewards/accuracies", "eval_rewards/accuracies"],
-            ["rewards/chosen", "rewards/rejected", "rewards/margins"],
-            ["logps/chosen", "logps/rejected"],
-        ],
+        PANELS,
         best=folder.path / "best",
-        next_step="README.md, 'Using the checkpoints': five lines that answer",
+        next_step=command(
+            "exec_run_eval.sh",
+            model_path=(f"DPO={folder.path}/best", "DPO=.model/dpo/best"),
+        ),
     )
     folder.finish()
 

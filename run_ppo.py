@@ -22,14 +22,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.actors import Actors, load_models
+from rlhf.actors import Actors, build_sampling, load_models
 from rlhf.advantages import adaptive_beta, dr_grpo, gae, grpo, rloo, token_rewards
 from rlhf.arguments import (
+    COMPILING,
     Parser,
     add_boolean,
     add_lora_arguments,
     add_training_arguments,
     check_lora_arguments,
+    command,
     count,
     inner_ratio,
     lora_options,
@@ -42,6 +44,7 @@ from rlhf.arguments import (
     seed,
 )
 from rlhf.batches import Batch, PlannedBatch, Room, micro_batches_by_length, plan_epochs
+from rlhf.curves import Panel
 from rlhf.errors import InputError, run_script
 from rlhf.experience import (
     Experience,
@@ -59,12 +62,11 @@ from rlhf.lora import trained_share
 from rlhf.losses import ppo_policy_loss, value_loss
 from rlhf.masked import masked_sum, masked_whiten
 from rlhf.memory import fit
-from rlhf.metrics import Metrics, say, show_samples
+from rlhf.metrics import Metrics, Samples, say, show_samples
 from rlhf.models import (
     LANGUAGE_MODEL,
     Critic,
     load_tokenizer,
-    model_stop_ids,
     set_generation_defaults,
 )
 from rlhf.optim import build_schedule, optimizer_step, skip_steps
@@ -82,10 +84,10 @@ from rlhf.rewards import (
     stored_scale,
 )
 from rlhf.run_folder import RunFolder
-from rlhf.runtime import Runtime, require_equal_shares, start_runtime, start_trackers
-from rlhf.sampling import Sampling
+from rlhf.runtime import Runtime, require_equal_shares, start_runtime
+from rlhf.samples import judged_samples
 from rlhf.scorers import load_judge, read_judge
-from rlhf.tokens import early_end_ids
+from rlhf.trackers import start_trackers
 
 CONSOLE = [
     "objective/scores",
@@ -221,15 +223,6 @@ def check_advantage(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"{told}: leave --{name} out")
 
 
-def build_sampling(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel
-) -> Sampling:
-    flags = {name: value for name, value in vars(args).items() if name in Sampling._fields}
-    stops = model_stop_ids(policy, tokenizer)
-    early = early_end_ids(tokenizer, stops)
-    return Sampling(**flags, pad_id=tokenizer.pad_token_id, stop_ids=stops, early_end_ids=early)
-
-
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.gpu_id, dtype=args.dtype, seed=args.seed, report_to=args.report_to)
     if runtime.zero_stage:
@@ -304,20 +297,20 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         device=runtime.device,
         pad_id=tokenizer.pad_token_id,
     )
+    say(COMPILING if args.compile else "")
     penalty = Penalty(args.beta).to(runtime.device)
     modules = {"policy": policy, "penalty": penalty, "scale": scale.to(runtime.device)}
     if critic:
         modules["critic"] = critic
     if args.use_peft:
         say(trained_share(*modules.values()))
-    sampling = build_sampling(args, tokenizer, policy)
+    sampling = build_sampling(vars(args), tokenizer, policy)
     actors = Actors(policy, ref_policy, critic, sampling, runtime)
     if not args.reward_fn:
         score = load_judge(
             known,
             args.rm_model_path,
-            policy=policy,
-            share_trunk=args.share_trunk,
+            trunk=policy if args.share_trunk else None,
             max_len=args.max_len,
             pad_id=tokenizer.pad_token_id,
             runtime=runtime,
@@ -363,7 +356,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         seed=args.seed,
     ) as progress:
         if not metrics.rows:
-            metrics.add_epoch(0, untrained or progress.fitting(judge))
+            metrics.add_epoch(0, *(untrained or progress.fitting(judge)))
             if critic and not rm_path and args.normalize_reward == "none":
                 torch.nn.init.constant_(critic.head.bias, metrics.rows[0]["eval_scores"])
         for epoch, batches in progress.left():
@@ -393,12 +386,14 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                     is_logged = metrics.add(report, epoch=done, num_tokens=num_tokens)
                 if is_logged:
                     show_samples(
-                        prompts.select(asked).texts,
-                        decode_responses(tokenizer, experience.rollout),
-                        experience.scores.tolist(),
-                        experience.numbers.kl.sum(dim=1).tolist(),  # (B,) nats
+                        judged_samples(
+                            prompts.select(asked).texts,
+                            decode_responses(tokenizer, experience.rollout),
+                            score=experience.scores,
+                            kl=experience.numbers.kl.sum(dim=1),  # (B,) nats
+                        )
                     )
-            results = progress.fitting(judge)
+            results, samples = progress.fitting(judge)
             with progress.whole():
                 folder.save_epoch(
                     policy,
@@ -406,23 +401,36 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                     epoch=epoch,
                     figure=f"reward={results['eval_scores']:.2f}",
                     objective=-results["eval_objective"],
-                    facts={"metrics": results},
+                    facts={"metrics": results, "before_training": metrics.rows[0]},
                 )
-                metrics.add_epoch(epoch, results)
-    panels = [
-        ["objective/scores", "eval_scores"],
-        ["objective/kl", "eval_kl"],
-        ["policy/entropy_avg"],
-        ["policy/clipfrac_avg", "policy/approxkl_avg"],
-        ["response_length"],
-        ["loss/value_avg", "explained_variance"],
-    ]
+                metrics.add_epoch(epoch, results, samples)
     metrics.finish(
-        panels if critic else panels[:-1],
+        build_panels(args),
         best=folder.path / "best",
-        next_step="README.md, 'Using the checkpoints': five lines that answer",
+        next_step=command(
+            "exec_run_eval.sh",
+            model_path=(f"PPO={folder.path}/best", "PPO=.model/ppo/best"),
+        ),
     )
     folder.finish()
+
+
+def build_panels(args: argparse.Namespace) -> list[Panel]:
+    """What training.png shows; what a run has not, such as a critic, is left out there."""
+    target = ("target_kl", args.target_kl) if args.kl_controller == "adaptive" else None
+    stop = ("early_stop_kl", args.early_stop_kl) if args.early_stop_kl else None
+    return [
+        Panel("score of a response", ["objective/scores", "eval_scores"]),
+        Panel("KL from the SFT model, nats a response", ["objective/kl", "eval_kl"], target),
+        Panel("entropy, nats a token", ["policy/entropy_avg"]),
+        Panel("share of tokens clipped", ["policy/clipfrac_avg"]),
+        Panel("tokens of a response", ["response_length", "eval_length"]),
+        Panel("share of responses that end", ["eos_rate", "eval_eos_rate"]),
+        Panel("KL of the updates, nats a token", ["policy/approxkl_avg"], stop),
+        Panel("value loss", ["loss/value_avg"]),
+        Panel("variance that the critic explains", ["explained_variance"]),
+        Panel("weight of the KL", ["objective/beta"]),
+    ]
 
 
 def gather(
@@ -620,13 +628,15 @@ def evaluate(
     scale: ScoreScale,
     heldout: Prompts,
     room: Room,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Samples]:
     """Judge the policy on fixed prompts with fixed noise: score, KL, and their balance.
 
-    All in the scores' own units, in which training's objective is so many times as large.
+    All in the scores' own units, in which training's objective is so many times as large. Returns
+    the first responses too.
     """
     actors = actors._replace(critic=None)
     columns: list[Tensor] = []
+    samples: Samples = []
     everything = range(len(heldout.ids))
     here = share_of(everything) or everything[:1]
     for start in range(0, len(here), EVAL_BATCH):
@@ -638,15 +648,19 @@ def evaluate(
         kl = token_numbers(actors, rollout, room).kl.sum(dim=1)
         lengths = rollout.batch.response_mask.sum(dim=1)
         columns.append(torch.stack((scores, kl, lengths, rollout.ended)))
+        if start == 0:
+            responses = decode_responses(tokenizer, rollout)
+            samples = judged_samples(asked.texts, responses, score=scores, kl=kl)
     judged = join_rows(torch.cat(columns, dim=1).T, len(everything))  # (B, 4)
     scores, kl, lengths, ended = judged.unbind(dim=1)  # (B,) each
-    return {
+    metrics = {
         "eval_scores": float(scores.mean()),
         "eval_kl": float(kl.mean()),
         "eval_objective": float((scores - args.beta * float(scale.std) * kl).mean()),
         "eval_length": float(lengths.mean()),
         "eval_eos_rate": float(ended.mean()),
     }
+    return metrics, samples
 
 
 if __name__ == "__main__":

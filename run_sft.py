@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.arguments import (
+    COMPILING,
     Parser,
     add_lora_arguments,
     add_training_arguments,
@@ -34,6 +35,7 @@ from rlhf.arguments import (
     share,
 )
 from rlhf.batches import Batch, Room, build_batch, micro_batches, plan_epochs, sample_length
+from rlhf.curves import Panel
 from rlhf.errors import run_script
 from rlhf.heads import head_of
 from rlhf.logprobs import token_logprobs
@@ -58,10 +60,17 @@ from rlhf.runtime import (
     require_equal_shares,
     require_whole_models,
     start_runtime,
-    start_trackers,
 )
+from rlhf.samples import write_samples
 from rlhf.sharding import in_step, run_whole, shard
 from rlhf.tokens import Sample, count_dropped, encode_samples
+from rlhf.trackers import start_trackers
+
+PANELS = [
+    Panel("loss of a response token", ["loss", "eval_loss"]),
+    Panel("gradient norm", ["grad_norm"]),
+    Panel("learning rate", ["lr"]),
+]
 
 
 def build_parser() -> Parser:
@@ -171,6 +180,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
     prepare_training(
         model, gradient_checkpointing=args.gradient_checkpointing, compile=args.compile
     )
+    say(COMPILING if args.compile else "")
     set_generation_defaults(model, tokenizer)
     shard(model, zero_stage=runtime.zero_stage)
     lengths = [sample_length(sample) for sample in samples]
@@ -207,8 +217,11 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
         seed=args.seed,
     ) as progress:
         judge = partial(evaluate, model, heldout, pad_id, runtime)
+        sizes = {"max_len": args.max_len, "seed": args.seed}
+        write = partial(write_samples, model, tokenizer, heldout, runtime, **sizes)
         if not metrics.rows:
-            metrics.add_epoch(0, progress.fitting(judge))
+            results = progress.fitting(judge)
+            metrics.add_epoch(0, results, progress.fitting(write) if metrics.report else [])
         for epoch, batches in progress.left():
             model.train()
             for rows, done in batches:
@@ -228,6 +241,7 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                         num_tokens=sum(lengths[row] for row in rows),
                     )
             results = progress.fitting(judge)
+            shown = progress.fitting(write) if metrics.report else []
             with progress.whole():
                 folder.save_epoch(
                     model,
@@ -235,11 +249,11 @@ def train(args: argparse.Namespace, runtime: Runtime, folder: RunFolder) -> None
                     epoch=epoch,
                     figure=f"loss={results['eval_loss']:.4f}",
                     objective=results["eval_loss"],
-                    facts={"metrics": results},
+                    facts={"metrics": results, "before_training": metrics.rows[0]},
                 )
-                metrics.add_epoch(epoch, results)
+                metrics.add_epoch(epoch, results, shown)
     metrics.finish(
-        [["loss", "eval_loss"], ["grad_norm"], ["lr"]],
+        PANELS,
         best=folder.path / "best",
         next_step=command(
             "exec_run_rm.sh",

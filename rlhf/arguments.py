@@ -116,7 +116,7 @@ def named_path(text: str) -> tuple[str, str]:
     """
     name, _, path = text.partition("=")
     if not name.strip() or not path.strip():
-        raise argparse.ArgumentTypeError(f"must be NAME=PATH, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH, as SFT=folder, not {text!r}")
     return name, path
 
 
@@ -156,6 +156,7 @@ def command(script: str, **options: tuple[object, object]) -> str:
     return shlex.join(["sh", script, *words])
 
 
+COMPILING = "compiling: the first steps are slow"
 TRACKERS = ("none", "tensorboard", "wandb", "trackio", "all")
 
 
@@ -206,7 +207,10 @@ def add_training_arguments(
         "--max_samples", type=count, default=0, help="training rows to use (0 = all)"
     )
     parser.add_argument(
-        "--report_to", choices=TRACKERS, default="none", help="where else metrics are sent"
+        "--report_to",
+        choices=TRACKERS,
+        default="none",
+        help="where else metrics and texts are sent",
     )
     parser.add_argument(
         "--resume",

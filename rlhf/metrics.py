@@ -3,24 +3,38 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from rlhf.curves import Panel, draw_panels
 from rlhf.disk import commit, hidden, without_nan
 from rlhf.processes import is_main_process
 
 Row = dict[str, float]
-Report = Callable[[Row, int], None]  # to the trackers: values, step
+Samples = Sequence[Mapping[str, str | float]]  # prompts, responses, and what was found of them
+
+
+class Report(Protocol):
+    """Who else is told: the trackers. It is true if there are any."""
+
+    def log(self, values: Row, step: int) -> None:
+        """Take numbers."""
+
+    def show(self, samples: Samples, step: int) -> None:
+        """Take texts."""
+
+    def finish(self) -> None:
+        """Take no more."""
 
 
 def say(text: str) -> None:
@@ -71,13 +85,13 @@ def format_table(rows: Sequence[Mapping[str, float | str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def show_samples(
-    prompts: Sequence[str], responses: Sequence[str], scores: Sequence[float], kl: Sequence[float]
-) -> None:
-    """Print the first three responses with score and KL, a line each; one KL may be negative."""
-    for *texts, score, nats in list(zip(prompts, responses, scores, kl, strict=True))[:3]:
-        prompt, response = (text if len(text) <= 60 else text[:57] + "..." for text in texts)
-        say(f"    {prompt!r} -> {response!r}  score {score:.2f}  kl {nats:.2f}")
+def show_samples(samples: Samples) -> None:
+    """Print prompts and responses with what was found of them, a line each."""
+    for sample in samples:
+        texts = [value for value in sample.values() if isinstance(value, str)]
+        short = (text if len(text) <= 60 else text[:57] + "..." for text in texts)
+        numbers = (f"  {k} {v:.2f}" for k, v in sample.items() if not isinstance(v, str))
+        say(f"    {' -> '.join(map(repr, short))}{''.join(numbers)}")
 
 
 class Metrics:
@@ -101,6 +115,7 @@ class Metrics:
         self.step = 0
         self.rows: list[Row] = []  # one for each epoch, from the model before training on
         self.logged: list[Row] = []
+        self.samples: dict[int, Samples] = {}  # by epoch
         self.pending: dict[str, list[Tensor]] = defaultdict(list)
         self.num_tokens, self.since = 0, time.monotonic()
         self.file = folder / "metrics.jsonl"
@@ -141,11 +156,19 @@ class Metrics:
             return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json_line(row))
-        self.report({k: v for k, v in row.items() if k != "step"}, self.step)
+        self.tell(row)
 
-    def add_epoch(self, epoch: int, values: Row) -> None:
-        """Take the evaluation after an epoch; 0 is the model before training."""
+    def tell(self, row: Row) -> None:
+        """Send a row to the trackers, and with an epoch's its samples."""
+        step = int(row["step"])
+        self.report.log({name: value for name, value in row.items() if name != "step"}, step)
+        if is_of_epoch(row):
+            self.report.show(self.samples.get(int(row["epoch"]), []), step)
+
+    def add_epoch(self, epoch: int, values: Row, samples: Samples = ()) -> None:
+        """Take the evaluation after an epoch, and texts to show; 0 is before training."""
         self.rows.append({"epoch": epoch, **values})
+        self.samples[epoch] = samples
         self.write({"step": self.step, "epoch": epoch, **values})
         say("  ".join(f"{name} {format_number(v)}" for name, v in self.rows[-1].items()))
         # The evaluation's time is not the training's, and what came before it is not timed by it.
@@ -154,14 +177,19 @@ class Metrics:
     def state(self) -> dict[str, Any]:
         """Give all that `restore` needs, as JSON holds it; waits for the device."""
         pending = {name: torch.stack(v).tolist() for name, v in self.pending.items()}
-        rows = {"rows": self.rows, "logged": self.logged}
+        rows = {"rows": self.rows, "logged": self.logged, "samples": [*self.samples.items()]}
         return {"step": self.step, "num_tokens": self.num_tokens, "pending": pending, **rows}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was given; what was logged after it is forgotten."""
+        """Go on where `state` was given; what was logged after it is forgotten.
+
+        The trackers are told everything again: they were started for a run that goes on.
+        """
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.bar.update(self.step)
         self.rows, self.logged = ([with_nan(row) for row in state[x]] for x in ("rows", "logged"))
+        for epoch, samples in state.get("samples", ()):  # which older states have not
+            self.samples[epoch] = [with_nan(sample) for sample in samples]
         for name, values in state["pending"].items():
             numbers = [math.nan if value is None else value for value in values]
             self.pending[name] = list(torch.tensor(numbers, dtype=torch.float64))
@@ -169,14 +197,23 @@ class Metrics:
             return
         hidden(self.file).write_text("".join(map(json_line, self.logged)), encoding="utf-8")
         commit(hidden(self.file), self.file)
+        for row in self.logged:
+            self.tell(row)
 
-    def finish(self, panels: Sequence[Sequence[str]], *, best: Path, next_step: str) -> None:
+    def finish(self, panels: Sequence[Panel], *, best: Path, next_step: str) -> None:
         """Draw training.png; print the table of epochs, the best checkpoint, the next step."""
         self.bar.close()
         if not is_main_process():
             return
-        draw_panels(self.folder / "training.png", self.logged, panels)
         target = os.readlink(best)
+        draw_panels(
+            self.folder / "training.png",
+            self.logged,
+            panels,
+            epochs={int(row["epoch"]): int(row["step"]) for row in self.logged if is_of_epoch(row)},
+            best=int(re.findall(r"epoch=(\d+)", target)[-1]),
+        )
+        self.report.finish()
         say(f"\n{format_table(self.rows)}\n")
         say(f"best checkpoint: {best} -> {target}\nnext: {next_step}")
 
@@ -186,27 +223,11 @@ def json_line(row: Row) -> str:
     return json.dumps(without_nan(row), allow_nan=False) + "\n"
 
 
-def with_nan(row: Mapping[str, float | None]) -> Row:
+def is_of_epoch(row: Row) -> bool:
+    """Tell the evaluation after an epoch from a line of training, which has a speed."""
+    return "tokens_per_second" not in row
+
+
+def with_nan(row: Mapping[str, Any]) -> dict[str, Any]:
     """Read a row back from JSON: null was not a number."""
     return {name: math.nan if value is None else value for name, value in row.items()}
-
-
-def draw_panels(path: Path, rows: Sequence[Row], panels: Sequence[Sequence[str]]) -> None:
-    """Draw one panel for each group of metrics, against the step."""
-    columns = min(len(panels), 3)
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
-    figure.suptitle(str(path.parent))
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis, names in zip(axes, panels, strict=False):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            marker = "o" if len(points) < 20 else None
-            axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    figure.savefig(hidden(path), dpi=120, format="png")
-    commit(hidden(path), path)

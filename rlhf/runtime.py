@@ -6,24 +6,25 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from pathlib import Path
+from importlib import import_module
+from inspect import signature
 from typing import Any, NamedTuple
 
 import accelerate
 import huggingface_hub
 import torch
 import transformers
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from rlhf.arguments import TRACKERS
 from rlhf.errors import InputError
-from rlhf.processes import is_main_process, num_processes
+from rlhf.processes import num_processes
 
 SECONDS_OF_SILENCE = 20.0  # before it is said that processes are waited for
 PATIENCE = timedelta(hours=1)  # with which processes wait for one that tokenises or writes
+WITHOUT_LOGIN = ("offline", "dryrun", "disabled")  # modes of W&B
 
 
 class Runtime(NamedTuple):
@@ -50,11 +51,9 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
     """Choose the device, set precision and seeds, and make the libraries quiet.
 
     Raises: InputError if CUDA is there but not this GPU, if processes were started in a way that
-    cannot work, or if the tracker isn't installed.
+    cannot work, or if the tracker cannot be used here.
     """
-    trackers = installed_trackers()
-    if report_to not in {"none", "all", *trackers}:
-        raise InputError(f"--report_to={report_to}: not installed; pip install {report_to}")
+    _, left_out = usable_trackers(report_to)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -70,6 +69,7 @@ def start_runtime(gpu_id: int, *, dtype: str, seed: int, report_to: str) -> Runt
         notice += "\nnote: accelerate launch starts one process on a CPU; take torchrun for several"
     elif is_set("ACCELERATE_USE_FSDP"):
         notice = f"{notice}\nnote: one process was started: FSDP has nothing to cut up".strip()
+    notice = f"{notice}\n{left_out}".strip()
     precision = dtype
     if dtype == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -212,21 +212,46 @@ def keep_freed_memory() -> None:
 
 
 def installed_trackers() -> list[str]:
-    """Name the experiment trackers that `--report_to` knows and that can be used here."""
+    """Name the experiment trackers that `--report_to` knows and that are installed."""
     return sorted({str(tracker) for tracker in get_available_trackers()} & set(TRACKERS))
 
 
-def start_trackers(
-    report_to: str, *, folder: Path, arguments: dict[str, Any]
-) -> Callable[[dict[str, float], int], None]:
-    """Open the experiment trackers that `--report_to` names; returns what logs to them."""
-    if report_to == "none" or not is_main_process():
-        return lambda values, step: None
-    names = installed_trackers() if report_to == "all" else [report_to]
-    accelerator = accelerate.Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=names, project_dir=folder
-    )
-    accelerator.init_trackers(
-        "rlhf", {name: value for name, value in arguments.items() if value is not None}
-    )
-    return lambda values, step: accelerator.log(values, step=step)
+def lack_of(tracker: str) -> tuple[str, str]:
+    """Tell what a tracker lacks before it can start, and the remedy; ("", "") if nothing."""
+    if tracker not in installed_trackers():
+        return "not installed", f"pip install {tracker}"
+    try:
+        library = import_module(tracker)
+    except Exception:  # most often, what it builds on has another version
+        return "cannot be imported", f"python -c 'import {tracker}' tells why"
+    if tracker == "wandb" and library.setup().settings.mode not in WITHOUT_LOGIN:
+        can_tell = "prompt" in signature(library.login).parameters  # older versions cannot
+        if can_tell and not library.login(prompt=False, verify=False):
+            return "not logged in", "wandb login, or WANDB_MODE=offline"
+    return "", ""
+
+
+def usable_trackers(report_to: str) -> tuple[list[str], str]:
+    """Name the trackers that `--report_to` means here; of `all`, a line tells which are left out.
+
+    Raises: InputError if the one that was named lacks something.
+    """
+    if report_to == "none":
+        return [], ""
+    if report_to != "all":
+        lack, remedy = lack_of(report_to)
+        if lack:
+            raise InputError(f"--report_to={report_to}: {lack}; {remedy}")
+        return [report_to], ""
+    lacks: dict[str, list[str]] = {}
+    for tracker in TRACKERS[1:-1]:
+        lacks.setdefault(lack_of(tracker)[0], []).append(tracker)
+    usable = lacks.pop("", [])
+    left_out = "".join(f"; {lack}: {', '.join(names)}" for lack, names in lacks.items())
+    return usable, f"report_to=all: {', '.join(usable) or 'none'}{left_out}"
+
+
+def build_tracker(tracker: str, project: str, /, **options: Any) -> Any:
+    """Build one of accelerate's trackers; `start` opens it."""
+    accelerate.PartialState(cpu=not torch.cuda.is_available())  # its trackers ask for that
+    return LOGGER_TYPE_TO_CLASS[tracker](project, **options)

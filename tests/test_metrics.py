@@ -3,16 +3,18 @@
 import io
 import json
 import math
-import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from rlhf.metrics import Metrics, draw_panels, format_number, format_table, say
+from rlhf.curves import Panel
+from rlhf.disk import without_nan
+from rlhf.metrics import Metrics, Samples, format_number, format_table, say, show_samples
 
 NAN = float("nan")
 
@@ -20,8 +22,14 @@ NAN = float("nan")
 class Sink(list):
     """Stands for the trackers: keeps what is reported."""
 
-    def __call__(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, float], step: int) -> None:
         self.append((values, step))
+
+    def show(self, samples: Samples, step: int) -> None:
+        self.append((samples, step))
+
+    def finish(self) -> None:
+        self.append("finished")
 
 
 def collector(folder: Path, *, num_steps: int, log_step: int, **changes: Any) -> Metrics:
@@ -123,7 +131,7 @@ def test_rows_of_epochs_start_before_training_and_go_everywhere(tmp_path, capsys
     rows = logged(tmp_path)
     assert rows[0] == {"step": 0, "epoch": 0, "eval_loss": 3.0}
     assert rows[2] == {"step": 1, "epoch": 1, "eval_loss": None}
-    assert [step for _, step in metrics.report] == [0, 1, 1]
+    assert [step for values, step in metrics.report if values] == [0, 1, 1]
     assert metrics.report[0][0] == {"epoch": 0, "eval_loss": 3.0}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "epoch 0  eval_loss 3" and lines[-1] == "epoch 1  eval_loss nan"
@@ -137,7 +145,8 @@ def test_the_end_shows_the_table_the_best_checkpoint_and_the_next_step(tmp_path,
     metrics.add_epoch(1, {"eval_loss": 2.125})
     capsys.readouterr()
     best = tmp_path / "best"
-    metrics.finish([["loss", "eval_loss"]], best=best, next_step="sh exec_run_rm.sh")
+    panels = [Panel("loss", ["loss", "eval_loss"])]
+    metrics.finish(panels, best=best, next_step="sh exec_run_rm.sh")
     assert capsys.readouterr().out.splitlines() == [
         "",
         "epoch  eval_loss",
@@ -147,33 +156,50 @@ def test_the_end_shows_the_table_the_best_checkpoint_and_the_next_step(tmp_path,
         f"best checkpoint: {best} -> gpt2_sft_epoch=1_loss=2.0000",
         "next: sh exec_run_rm.sh",
     ]
-    assert png_size(tmp_path / "training.png") > (300, 200)
+    assert (tmp_path / "training.png").is_file() and metrics.report[-1] == "finished"
 
 
-def png_size(path: Path) -> tuple[int, int]:
-    """Width and height, from the header that every PNG begins with."""
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and data[-8:-4] == b"IEND"
-    width, height = struct.unpack(">II", data[16:24])
-    return width, height
+def test_a_picture_is_told_which_epoch_is_the_best_and_where_each_ended(tmp_path, monkeypatch):
+    (tmp_path / "best").symlink_to("run_epoch=7_sft_epoch=2_loss=1.0000")
+    told = mock.Mock()
+    monkeypatch.setattr("rlhf.metrics.draw_panels", told)
+    metrics = collector(tmp_path, num_steps=6, log_step=2)
+    metrics.add_epoch(0, {"eval_loss": 3.0})
+    for epoch in (1, 2):
+        add_losses(metrics, [2.0, 2.0, 2.0])
+        metrics.add_epoch(epoch, {"eval_loss": 1.0})
+    metrics.finish([], best=tmp_path / "best", next_step="")
+    assert told.call_args.kwargs == {"epochs": {0: 0, 1: 3, 2: 6}, "best": 2}
 
 
-def test_a_picture_has_a_panel_for_every_group(tmp_path):
-    rows = [{"step": step, "a": 1.0 / (step + 1), "b": NAN} for step in range(30)]
-    for panels, columns, lines in (
-        ([["a"]], 1, 1),
-        ([["a"], ["b"]], 2, 1),
-        ([["a", "b"]] * 4, 3, 2),
-    ):
-        draw_panels(tmp_path / "training.png", rows, panels)
-        size = png_size(tmp_path / "training.png")
-        assert size == (int(4.2 * columns * 120), 3 * lines * 120)
-    assert [file.name for file in tmp_path.iterdir()] == ["training.png"]
+def test_samples_go_to_the_trackers_beside_their_epoch(tmp_path):
+    metrics = collector(tmp_path, num_steps=1, log_step=1)
+    metrics.add_epoch(0, {"eval_loss": 3.0}, [{"prompt": "Hi", "response": "Ho"}])
+    values = {"epoch": 0, "eval_loss": 3.0}
+    assert metrics.report == [(values, 0), ([{"prompt": "Hi", "response": "Ho"}], 0)]
 
 
-def test_a_metric_that_was_never_logged_does_not_stop_the_picture(tmp_path):
-    draw_panels(tmp_path / "t.png", [{"step": 1, "a": 1.0}], [["a", "eval_a"]])
-    assert png_size(tmp_path / "t.png") > (0, 0)
+def test_a_run_that_goes_on_tells_the_trackers_all_that_its_state_knows(tmp_path):
+    metrics = collector(tmp_path, num_steps=9, log_step=1)
+    metrics.add_epoch(0, {"eval_loss": 3.0}, [{"prompt": "Hi", "score": NAN}])
+    add_losses(metrics, [2.0])
+    metrics.add_epoch(1, {"eval_loss": 2.0}, [{"prompt": "Hi", "score": 4.5}])
+    state = json.loads(json.dumps(without_nan(metrics.state())))
+    add_losses(metrics, [1.0])  # which the state does not know
+    again = collector(tmp_path, num_steps=9, log_step=1)
+    again.restore(state)
+    assert str(again.report) == str(metrics.report[:-1])  # nan is not equal to itself
+    assert [step for _, step in again.report] == [0, 0, 1, 1, 1]
+    del state["samples"]  # as states were before there were any
+    older = collector(tmp_path, num_steps=9, log_step=1)
+    older.restore(state)
+    assert [step for shown, step in older.report if shown] == [0, 1, 1]
+
+
+def test_samples_are_printed_short(capsys):
+    show_samples([{"prompt": "x" * 61, "response": "Ho\n", "score": 1.0, "kl": -0.046}])
+    expected = f"    '{'x' * 57}...' -> 'Ho\\n'  score 1.00  kl -0.05\n"
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from rlhf.errors import InputError, RunError, is_out_of_memory
 from rlhf.resume import Progress, Stopped
 from tests.faults.world import content
 from tests.test_scripts import PPO, rows, run
+from tests.test_trackers import events
 
 SCRIPTS = {"sft": run_sft, "rm": run_rm, "ppo": run_ppo, "dpo": run_dpo}
 OPTIONS = {
@@ -34,15 +36,15 @@ MOMENTS = [
     ("sft", "summed_loss", 9),
     ("sft", "optimizer_step", 2),
     ("sft", "evaluate", 1),
-    ("sft", "evaluate", 2),
-    ("rm", "score_rows", 5),
-    ("rm", "optimizer_step", 3),
-    ("dpo", "response_logprobs", 8),
+    pytest.param("sft", "evaluate", 2, marks=pytest.mark.slow),
+    pytest.param("rm", "score_rows", 5, marks=pytest.mark.slow),
+    pytest.param("rm", "optimizer_step", 3, marks=pytest.mark.slow),
+    pytest.param("dpo", "response_logprobs", 8, marks=pytest.mark.slow),
     ("dpo", "check_first_loss", 1),
-    ("ppo", "roll_out", 3),
-    ("ppo", "score_responses", 4),
-    ("ppo", "policy_forward", 2),
-    ("ppo", "policy_forward", 5),
+    pytest.param("ppo", "roll_out", 3, marks=pytest.mark.slow),
+    pytest.param("ppo", "score_responses", 4, marks=pytest.mark.slow),
+    pytest.param("ppo", "policy_forward", 2, marks=pytest.mark.slow),
+    pytest.param("ppo", "policy_forward", 5, marks=pytest.mark.slow),
     ("ppo", "optimizer_step", 4),
 ]
 
@@ -112,6 +114,34 @@ def test_resumed_run_equals_uninterrupted_run(stage, name, call, start, undistur
     assert content(tmp_path) == content(undisturbed(stage))
 
 
+@pytest.mark.parametrize("is_crash", [False, True])
+def test_a_tracker_of_a_resumed_run_holds_every_step_once(
+    is_crash, start, undisturbed, tmp_path, monkeypatch
+):
+    """After a signal, and after a crash that loses steps which the tracker has seen."""
+
+    def told(stage, folder):
+        return start(stage, folder, "--report_to=tensorboard")
+
+    if is_crash:
+        steps = [run_sft.optimizer_step] * 7 + [mock.Mock(side_effect=RunError("lost"))]
+        step = mock.Mock(side_effect=lambda *args, **options: steps.pop(0)(*args, **options))
+        with monkeypatch.context() as patch, pytest.raises(RunError, match="lost"):
+            patch.setattr(run_sft, "optimizer_step", step)
+            told("sft", tmp_path)
+    else:
+        assert stop("sft", told, tmp_path, "optimizer_step", 8) == 143
+    seen = [2, 4, 6] if is_crash else [2, 4, 6, 8]  # the state of a crash is older: of step 4
+    assert [step for step, _ in events(tmp_path)["loss"]] == seen
+    told("sft", tmp_path)
+    assert content(tmp_path) == content(undisturbed("sft"))
+    losses = [row["step"] for row in rows(tmp_path) if "loss" in row]
+    assert [step for step, _ in events(tmp_path)["loss"]] == losses
+    epochs = [row["step"] for row in rows(tmp_path) if "eval_loss" in row]
+    assert [step for step, _ in events(tmp_path)["samples/1"]] == epochs
+
+
+@pytest.mark.slow
 def test_a_run_can_be_stopped_at_every_step(start, undisturbed, tmp_path, capsys):
     for _ in range(4):
         assert stop("ppo", start, tmp_path, "optimizer_step", 1, signal.SIGINT) == 130
@@ -302,6 +332,7 @@ def test_keep_leaves_the_newest_and_the_best(start, tmp_path):
 # Memory and disk
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_room_and_changes_no_result(start, undisturbed, tmp_path, capsys):
     real, rooms = run_sft.add_gradient, []
 
@@ -425,6 +456,7 @@ def test_another_reward_function_is_a_difference(start, tmp_path, monkeypatch):
         start("ppo", tmp_path / "ppo", "--reward_fn=my_lengths:score")
 
 
+@pytest.mark.slow
 def test_scoring_that_does_not_fit_is_done_in_smaller_parts(start, undisturbed, tmp_path):
     real, sizes = rlhf.rewards.reward_logits, []
 

@@ -1,8 +1,9 @@
 """Device, precision, seeds, trackers: what a stage runs on, and what it refuses to run on."""
 
 import random
+import sys
 from collections.abc import Iterator
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from rlhf.runtime import (
     launched_zero_stage,
     require_whole_models,
     start_runtime,
-    start_trackers,
+    usable_trackers,
 )
 
 
@@ -166,46 +167,47 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
     with pytest.raises(InputError) as caught:
         start(report_to="wandb")
     assert str(caught.value) == "--report_to=wandb: not installed; pip install wandb"
-    for report_to in ("none", "all", "tensorboard"):
-        start(report_to=report_to)
+    for report_to in ("none", "tensorboard"):
+        assert "report_to" not in start(report_to=report_to).notice
 
 
-def test_no_tracker_means_no_file(tmp_path):
-    start_trackers("none", folder=tmp_path, arguments={"seed": 1})({"loss": 1.0}, 1)
-    assert list(tmp_path.iterdir()) == []
+def test_of_all_trackers_those_that_are_missing_are_named(without_cuda, monkeypatch):
+    monkeypatch.setattr("rlhf.runtime.installed_trackers", lambda: ["tensorboard"])
+    notice = start(report_to="all").notice.splitlines()
+    assert notice[1:] == ["report_to=all: tensorboard; not installed: wandb, trackio"]
+    monkeypatch.setattr("rlhf.runtime.installed_trackers", list)
+    assert usable_trackers("all") == (
+        [],
+        "report_to=all: none; not installed: tensorboard, wandb, trackio",
+    )
+
+
+def wandb_that(mode: str, *, knows_me: bool) -> SimpleNamespace:
+    settings = SimpleNamespace(settings=SimpleNamespace(mode=mode))
+    return SimpleNamespace(setup=lambda: settings, login=lambda prompt, verify: knows_me)
+
+
+def test_a_tracker_that_cannot_be_used_is_told_before_anything_is_loaded(monkeypatch):
+    everything = ["tensorboard", "trackio", "wandb"]
+    monkeypatch.setattr("rlhf.runtime.installed_trackers", lambda: everything)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "wandb", wandb_that("online", knows_me=False))
+    with pytest.raises(InputError) as caught:
+        start(report_to="wandb")
+    remedy = "wandb login, or WANDB_MODE=offline"
+    assert str(caught.value) == f"--report_to=wandb: not logged in; {remedy}"
+    told = "report_to=all: tensorboard, trackio; not logged in: wandb"
+    assert usable_trackers("all") == (["tensorboard", "trackio"], told)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # which no import gets past
+    with pytest.raises(
+        InputError, match="--report_to=wandb: cannot be imported; python -c 'import"
+    ):
+        start(report_to="wandb")
+    for mode, knows_me in (("offline", False), ("disabled", False), ("online", True)):
+        monkeypatch.setitem(sys.modules, "wandb", wandb_that(mode, knows_me=knows_me))
+        assert usable_trackers("wandb") == (["wandb"], "")
 
 
 def test_trackers_that_exist_are_named_as_the_flag_names_them(monkeypatch):
     monkeypatch.setattr("rlhf.runtime.get_available_trackers", lambda: ["wandb", "comet_ml"])
     assert installed_trackers() == ["wandb"]
-
-
-@pytest.mark.filterwarnings("ignore:.log_with")
-def test_all_trackers_may_be_none_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf.runtime.installed_trackers", list)
-    start_trackers("all", folder=tmp_path, arguments={"seed": 1})({"loss": 1.0}, 1)
-    assert list(tmp_path.iterdir()) == []
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The scalars in TensorBoard's event files, as TensorBoard reads them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found: dict[str, list[tuple[int, float]]] = {}
-    for file in folder.rglob("events.out.tfevents.*"):
-        events = EventAccumulator(str(file))
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend((e.step, e.value) for e in events.Scalars(tag))
-    return found
-
-
-def test_tensorboard_gets_the_scalars_into_the_runs_folder(tmp_path):
-    pytest.importorskip("tensorboard")
-    arguments = {"seed": 42, "beta": 0.2, "reward_fn": None, "do_sampling": True, "loss": "dpo"}
-    log = start_trackers("tensorboard", folder=tmp_path, arguments=arguments)
-    log({"loss": 0.75, "rewards/chosen": -1.5}, 1)
-    log({"loss": 0.5}, 2)
-    found = scalars(tmp_path)
-    assert found["loss"] == [(1, 0.75), (2, 0.5)]
-    assert found["rewards/chosen"] == [(1, -1.5)]
