@@ -173,6 +173,25 @@ def decoder_name(model: PreTrainedModel) -> str:
     return name
 
 
+def begin(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    noise_key: tuple[int, int],
+    rows: Sequence[int],
+) -> tuple[Written, int]:
+    """Prepare what responses are written into, and count the columns of a prompt and response."""
+    limits = [sampling.max_len - len(prompt) for prompt in prompts]
+    if sampling.max_new_tokens:
+        limits = [min(limit, sampling.max_new_tokens) for limit in limits]
+    noise = None
+    if sampling.do_sampling:
+        noise = uniform_noise(*noise_key, rows, max(limits)).to(model.device)
+    written = Written(torch.tensor(limits, device=model.device), noise, sampling)
+    return written, max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -189,14 +208,8 @@ def generate(
     the sampling noise of a token depends on. `room` is that of a training
     forward; of rollouts, eight times as many fit.
     """
-    limits = [sampling.max_len - len(prompt) for prompt in prompts]
-    if sampling.max_new_tokens:
-        limits = [min(limit, sampling.max_new_tokens) for limit in limits]
-    noise = None
-    if sampling.do_sampling:
-        noise = uniform_noise(*noise_key, rows, max(limits)).to(model.device)
-    written = Written(torch.tensor(limits, device=model.device), noise, sampling)
-    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    named: Any = {"sampling": sampling, "noise_key": noise_key, "rows": rows}
+    written, longest = begin(model, prompts, **named)
     # Some models keep something for each column, and for no more columns than they have positions.
     sizes = (getattr(model.config, x, None) for x in ("max_position_embeddings", "max_seq_len"))
     spare = min([SPARE_COLUMNS, *(size - longest for size in sizes if size)])

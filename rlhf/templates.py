@@ -77,11 +77,15 @@ def prepare_tokenizer(
     `chat_template` is "auto" (its own template if it has one, else the tags), "tags", or the path
     of a Jinja file. A tokenizer that has been prepared comes back as it is.
 
-    Raises: InputError if it has no EOS token, is not backed by the `tokenizers` library, or the
-        template cannot be used.
+    Raises: InputError if it is empty, has no EOS token, is not backed by the `tokenizers` library,
+        or the template cannot be used.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{tokenizer.name_or_path}: needs a fast tokenizer (a tokenizer.json)")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers has made an empty one up
+        raise InputError(
+            f"{tokenizer.name_or_path}: holds no tokenizer; save the model's own there"
+        )
     if tokenizer.eos_token is None:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token")
     if chat_template not in ("auto", "tags"):
