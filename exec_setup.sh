@@ -44,15 +44,16 @@ fi
 # Only what is missing or out of bounds is handed to pip. What satisfies its requirement is pinned
 # to the version it has, so that pip never trades a GPU machine's own torch for the tested one.
 "$PYTHON" - ${requirements:-requirements.txt} >&2 <<'END' || exit 1
-import importlib
 import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
+
+import importlib
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
 
 
 def run(*command, **options):

@@ -45,10 +45,10 @@ from rlhf.losses import (
     ppo_policy_loss,
     simpo_loss,
 )
+from rlhf.markdown import markdown_table
 from rlhf.masked import masked_mean
 from rlhf.models import response_states, reward_logits
 from rlhf.tokens import Sample
-from toyworld.tables import markdown_table
 
 TOLERANCE = 1e-5
 BETA, LABEL_SMOOTHING, SFT_COEFF, SIMPO_GAMMA = 0.3, 0.15, 0.7, 0.6

@@ -19,9 +19,9 @@ import transformers
 from transformers import GPT2Config
 
 from rlhf.batches import sample_length
+from rlhf.markdown import markdown_table
 from rlhf.runtime import Runtime, keep_freed_memory, start_runtime
 from rlhf.tokens import Sample
-from toyworld.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"

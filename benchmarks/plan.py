@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rlhf.batches import TOKENS_PER_FORWARD
 from rlhf.logprobs import NUMBERS_KEPT
-from toyworld.tables import markdown_table
+from rlhf.markdown import markdown_table
 
 # Numbers kept for the backward pass, a token, layer and unit of width: the 11 to 14 that
 # bench_memory.py sees go with --gradient_checkpointing, and the layer's input, which stays.

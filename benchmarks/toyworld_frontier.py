@@ -34,10 +34,10 @@ from benchmarks.toyworld_runs import (
     measure_seeds,
     write_results,
 )
+from rlhf.markdown import markdown_table
 from toyworld.annotators import NOISE
 from toyworld.measure import load_policy
 from toyworld.pictures import COLORS, FRONTIER_BETAS, draw_frontier
-from toyworld.tables import markdown_table
 
 RESULTS = ROOT / "benchmarks/results/toyworld_frontier.json"
 PICTURE = ROOT / "docs/toyworld_frontier.png"

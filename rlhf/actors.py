@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.heads import head_width, require_states
 from rlhf.lora import ADAPTER_FOLDER, active, add_adapter, load_adapter
-from rlhf.models import Critic, load_policy, load_reward_model, prepare_training
+from rlhf.models import (
+    Critic,
+    load_policy,
+    load_reward_model,
+    model_stop_ids,
+    prepare_training,
+)
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampling
+from rlhf.tokens import early_end_ids
 from rlhf.trunk import CRITIC, AdapterView, recompute_as_run
 
 
@@ -34,6 +41,16 @@ class Actors(NamedTuple):
             return
         with active(self.policy, None):
             yield self.policy
+
+
+def build_sampling(
+    flags: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel
+) -> Sampling:
+    """Take what tells how responses are drawn out of a script's flags."""
+    settings = {name: value for name, value in flags.items() if name in Sampling._fields}
+    stops = model_stop_ids(policy, tokenizer)
+    early = early_end_ids(tokenizer, stops)
+    return Sampling(**settings, pad_id=tokenizer.pad_token_id, stop_ids=stops, early_end_ids=early)
 
 
 def load_models(

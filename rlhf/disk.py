@@ -20,7 +20,7 @@ from rlhf.errors import InputError, RunError
 
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum --check` reads them
 LOCK = ".lock"
-FREE_TO_CHANGE = {CHECKSUMS, "README.md"}  # people may write a model card of their own
+CARD = "README.md"  # has a checksum as well, but people may change it
 
 
 def sha256_of(path: Path) -> str:
@@ -99,7 +99,7 @@ def link(path: Path, name: str) -> None:
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder, by its path there."""
     names = (str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file())
-    return {name: sha256_of(folder / name) for name in names if name not in FREE_TO_CHANGE}
+    return {name: sha256_of(folder / name) for name in names if name != CHECKSUMS}
 
 
 def write_checksums(folder: Path) -> str:
@@ -126,7 +126,7 @@ def flaw_of(folder: Path, *, told: str | None = None) -> str | None:
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     for name, digest in expected.items():
-        if name in FREE_TO_CHANGE:
+        if Path(name).name == CARD:
             continue
         if name not in seen:
             return f"{name} is missing"
@@ -156,10 +156,23 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def replace_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record in place of an older one: at every moment one of them is there, whole."""
-    write_json(hidden(path), {**record, "sha256": digest_of(record)})
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in place of an older one: at every moment one of them is there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden(path).write_text(text, encoding="utf-8", errors="backslashreplace")
     commit(hidden(path), path)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Write a value as JSON in place of an older one, as `replace_text` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(hidden(path), value)
+    commit(hidden(path), path)
+
+
+def replace_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record that can be told from a damaged one, in place of an older one."""
+    replace_json(path, {**record, "sha256": digest_of(record)})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -217,9 +230,13 @@ class Lock:
             except FileNotFoundError:
                 pass
             os.close(self.descriptor)  # its holder released and removed it in this moment
-        os.truncate(self.descriptor, 0)
-        holder = f"process {os.getpid()} on {socket.gethostname()}\n"
-        os.write(self.descriptor, holder.encode())
+        try:
+            os.truncate(self.descriptor, 0)
+            holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+            os.write(self.descriptor, holder.encode())
+        except BaseException:  # a full disk: who has not got the lock cannot release it
+            self.release()
+            raise
         os.register_at_fork(after_in_child=self.forget)
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""How well scores rank responses."""
+"""How well scores rank responses, and how varied texts are."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -56,3 +56,18 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     if len(rank_x) < 2 or rank_x.std() == 0 or rank_y.std() == 0:
         return float("nan")
     return float(np.corrcoef(rank_x, rank_y)[0, 1])
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Share of different ones among all runs of `n` words, of all texts together: 1 is no repeats.
+
+    It falls with the number of texts, so compare equal numbers. nan if there is no run of n words.
+
+    Source: Li et al. 2016 (arXiv 1510.03055), section 5.
+
+    >>> distinct(["the cat the cat"], 1), round(distinct(["the cat the cat"], 2), 3)
+    (0.5, 0.667)
+    """
+    words = [text.lower().split() for text in texts]
+    runs = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else float("nan")

@@ -91,7 +91,7 @@ def hub_failure(ask: Callable[[], object]) -> Exception | None:
     return None
 
 
-def read_rows(path: Path) -> Iterator[object]:
+def read_rows(path: Path, *, flag: str = "--dataset") -> Iterator[object]:
     """Yield the rows of a file one by one; None stands for a line that is not JSON.
 
     A .json file may hold a list, an object around one list, or an object on each line.
@@ -100,7 +100,7 @@ def read_rows(path: Path) -> Iterator[object]:
     """
     try:
         if path.name.lower().endswith(".parquet"):
-            yield from _read_parquet(path)
+            yield from _read_parquet(path, flag)
             return
         with path.open("rb") as file:
             gzipped = file.read(2) == b"\x1f\x8b"
@@ -115,10 +115,10 @@ def read_rows(path: Path) -> Iterator[object]:
                 lines.seek(0)
             yield from (_json_or_none(line) for line in lines if line.strip())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"--dataset: {path} is damaged ({error}): get it again") from error
+        raise InputError(f"{flag}: {path} is damaged ({error}): get it again") from error
 
 
-def _read_parquet(path: Path) -> Iterator[object]:
+def _read_parquet(path: Path, flag: str) -> Iterator[object]:
     import datasets  # takes a second, which other files need not wait
     import pyarrow
 
@@ -126,7 +126,7 @@ def _read_parquet(path: Path) -> Iterator[object]:
     try:  # streaming makes no second copy on the disk
         yield from datasets.Dataset.from_parquet(glob.escape(str(path)), streaming=True)
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise InputError(f"--dataset: {path} cannot be read as parquet ({error})") from error
+        raise InputError(f"{flag}: {path} cannot be read as parquet ({error})") from error
 
 
 def _json_or_none(data: bytes) -> object:

@@ -33,7 +33,7 @@ from rlhf.errors import InputError
 from rlhf.files import HUB_TIMEOUT, hub_failure
 from rlhf.heads import gives_logits, mark_head, own_logits
 from rlhf.templates import prepare_tokenizer
-from rlhf.tokens import encode_texts, ending_ids, stop_ids
+from rlhf.tokens import stop_ids
 
 REWARD_MODEL, LANGUAGE_MODEL = "a reward model", "a language model"
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -121,25 +121,6 @@ def require_known_ids(
         raise InputError(
             f"{flag}={path}: the tokenizer has {len(tokenizer)} tokens, the model only"
             f" {config.vocab_size}; they do not belong together"
-        )
-
-
-def require_same_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, flag: str
-) -> None:
-    """Stop unless both tokenizers give the same ids, for text and around it.
-
-    Raises: InputError.
-    """
-    probe = ["<instruction>Is 2+2=4?</instruction><response>Yes, naturally.</response>"]
-
-    def facts(of: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-        return of.get_vocab(), encode_texts(of, probe), of.chat_template, of.pad_token_id
-
-    if facts(tokenizer) != facts(other) or ending_ids(tokenizer) != ending_ids(other):
-        raise InputError(
-            f"{flag}: its tokenizer, chat template or pad token differs from the SFT model's; train"
-            " it by run_rm.py from that SFT model"
         )
 
 

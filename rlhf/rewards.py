@@ -141,8 +141,8 @@ class RewardFacts(NamedTuple):
     reward_std: float | None = None  # None: of a checkpoint from before it was stored
 
 
-def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> RewardFacts:
-    """Take them out of a `run.json`, and check `--max_reward` against them.
+def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float | None) -> RewardFacts:
+    """Take them out of a `run.json`, and check `--max_reward` against them, if it is given.
 
     Raises: InputError if they are missing, or if the reward model was trained on another scale.
     """
@@ -156,7 +156,7 @@ def read_reward_facts(run: dict[str, Any], *, path: str, max_reward: float) -> R
     numbers = all(isinstance(fact, int | float) for fact in needed[1:])
     if facts.loss not in ("regression", "pairwise", "listwise") or not numbers:
         raise InputError(f"{flag}: its run.json tells no usable reward ({facts})")
-    if facts.max_reward != max_reward:
+    if max_reward not in (None, facts.max_reward):
         raise InputError(
             f"--max_reward={max_reward:g}: {flag} was trained with {facts.max_reward:g}"
         )

@@ -12,10 +12,10 @@ from rlhf.models import (
     REWARD_MODEL,
     load_reward_model,
     load_tokenizer,
-    require_same_tokenizer,
 )
 from rlhf.rewards import RewardFacts, Scorer, read_reward_facts, score_by_model
 from rlhf.runtime import Runtime
+from rlhf.tokens import require_same_tokenizer
 from rlhf.trunk import SharedRewardModel, require_shareable
 
 FLAG = "--rm_model_path"
@@ -26,7 +26,7 @@ def read_judge(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_len: int,
-    max_reward: float,
+    max_reward: float | None,  # None: its own
     label: str | None,  # of a text classifier
     needs_spread: bool,  # of its rewards, stored beside it
     shared_with: str | None,  # the SFT model whose trunk it has to share
@@ -55,20 +55,19 @@ def load_judge(
     known: RewardFacts | Classifier,
     path: str,
     *,
-    policy: PreTrainedModel,
-    share_trunk: bool,
+    trunk: PreTrainedModel | None,  # where it is an adapter on one
     max_len: int,
     pad_id: int,
     runtime: Runtime,
 ) -> Scorer:
-    """Load the model that scores: as an adapter on the policy's trunk, or on its own."""
+    """Load the model that scores: on its own, or as an adapter on another model's trunk."""
     if isinstance(known, Classifier):
         classifier, judge = load_classifier(known, flag=FLAG, device=runtime.device)
         say(classifier.told(max_len=max_len))
         return score_by_classifier(classifier, judge, runtime=runtime)
     model: Any
-    if share_trunk:
-        model = SharedRewardModel(policy, path, flag=FLAG)
+    if trunk is not None:
+        model = SharedRewardModel(trunk, path, flag=FLAG)
     else:
         model = load_reward_model(path, flag=FLAG, device=runtime.device, pad_id=pad_id)
     return score_by_model(model, known, runtime=runtime)

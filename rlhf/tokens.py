@@ -168,6 +168,27 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None = N
     return list(dict.fromkeys([form_of(tokenizer).stop_id, tokenizer.eos_token_id, *known]))
 
 
+def same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both tokenizers give the same ids, for text and around it."""
+    probe = ["<instruction>Is 2+2=4?</instruction><response>Yes, naturally.</response>"]
+
+    def facts(of: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+        return of.get_vocab(), encode_texts(of, probe), of.chat_template, of.pad_token_id
+
+    return facts(tokenizer) == facts(other) and ending_ids(tokenizer) == ending_ids(other)
+
+
+def require_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, flag: str
+) -> None:
+    """Stop unless both give the same ids. Raises: InputError."""
+    if not same_tokenizer(tokenizer, other):
+        raise InputError(
+            f"{flag}: its tokenizer, chat template or pad token differs from the SFT model's; train"
+            " it by run_rm.py from that SFT model"
+        )
+
+
 def early_end_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[int]:
     """Return the ids that would end a response: stops, and what opens the closing text."""
     return sorted({*stops, ending_ids(tokenizer)[0]})

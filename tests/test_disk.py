@@ -1,5 +1,6 @@
 """What is written is whole or not there, and a folder has one writer."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from rlhf import disk
 from rlhf.disk import (
     CHECKSUMS,
     LOCK,
@@ -16,6 +18,7 @@ from rlhf.disk import (
     hidden,
     read_record,
     replace_record,
+    replace_text,
     require_space,
     require_unlocked,
     sweep,
@@ -120,6 +123,19 @@ def test_a_second_process_is_told_who_holds_a_folder(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_lock_that_a_full_disk_refuses_is_not_held(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("write", "truncate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(disk.os, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                Lock(tmp_path, flag="--x")
+        assert os.listdir(tmp_path) == []
+        Lock(tmp_path, flag="--x").release()
+
+
 def test_space_is_asked_for_before_it_is_needed(tmp_path):
     require_space(tmp_path, 1000, what="it", remedy="free some")
     with pytest.raises(RunError, match=r"it will take about 1e\+09 GB, .* GB are free; free some"):
@@ -179,3 +195,15 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_a_text_takes_the_place_of_an_older_one_only_when_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "report.md"
+    replace_text(path, "one")
+    monkeypatch.setattr(disk, "sync_tree", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replace_text(path, "two")
+    assert path.read_text() == "one"
+    monkeypatch.undo()
+    replace_text(path, "a name that is none: \udcff")
+    assert path.read_text() == r"a name that is none: \udcff"

@@ -9,7 +9,7 @@ measure      checkpoints judged by plain transformers, from samples
 optimum      every response enumerated: exact figures, and the best policy there can be
 pairs        `python -m toyworld.pairs`: a model's own responses, in pairs or scored
 report       `python -m toyworld.report` compares checkpoints on held-out prompts
-runs, tables, pictures, page   what the report is made of
+tables, pictures   what the report is made of
 """
 
 from toyworld.world import gold_reward

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
+from rlhf.figures import COLORS
+
 FRONTIER_BETAS = tuple(float(beta) for beta in np.geomspace(0.01, 100.0, 33))
 MARKED_BETAS = (0.2, 0.5, 1.0)
 KL_TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 
 
 class Point(NamedTuple):
@@ -86,7 +87,7 @@ def frontier_picture(courses: Mapping[str, Course], frontier: Sequence[Optimum])
         chosen = course.chosen
         axis.plot(chosen.kl, chosen.reward, "o", markersize=8, color=color, label=name)
     draw_frontier(axis, frontier)
-    axis.legend(loc="lower right", fontsize=9)
+    figure.legend(loc="outside right center", fontsize=9)
     return figure
 
 

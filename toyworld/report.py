@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 from rlhf.arguments import Parser, count, named_path, non_negative, positive, positive_count
-from rlhf.disk import commit
+from rlhf.disk import replace_text
 from rlhf.errors import run_script
-from rlhf.page import page, picture, to_png
+from rlhf.lineage import Run
+from rlhf.markdown import markdown_table
+from rlhf.page import html_table, page, picture, to_png
 from toyworld.measure import (
     Model,
     load_policy,
@@ -39,11 +41,8 @@ from toyworld.pictures import (
     frontier_picture,
     told_picture,
 )
-from toyworld.runs import Run
 from toyworld.tables import (
     Verdict,
-    html_table,
-    markdown_table,
     results_rows,
     sample_rows,
 )
@@ -88,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
         parser.error(f"--out_dir={args.out_dir} is a file; give a folder")
-    args.model = [Run(name, Path(path)) for name, path in args.model]
+    args.model = [Run(name, path, f"--model={name}") for name, path in args.model]
     names = [run.name for run in args.model]
     if len(set(names)) < len(names):
         parser.error(f"--model: each needs a name of its own, not {', '.join(names)}")
@@ -143,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     tables = results_rows(verdicts, args.rm_model_path), sample_rows(prompts, verdicts)
     text = f"{markdown_table(tables[0])}\n\n{note}\n\n{markdown_table(tables[1])}\n"
     out_dir = Path(args.out_dir)
-    write_text(out_dir / "report.md", text)
+    replace_text(out_dir / "report.md", text)
     sections = [
         ("Results", [html_table(tables[0]), f"<p>{note}</p>"]),
         ("Reward against KL", frontier_section(args.model, start, epochs, exam)),
@@ -151,9 +150,10 @@ def main(args: argparse.Namespace) -> None:
         ("Samples", [html_table(tables[1])]),
         ("Training curves", training_curves(args.model, args.rm_model_path)),
     ]
-    write_text(out_dir / "report.html", page("The toy world: what was learned", sections))
+    replace_text(out_dir / "report.html", page("The toy world: what was learned", sections))
     print(f"{text}\nreport: {out_dir / 'report.html'}, a page with pictures; as text: report.md")
-    print("next: sh exec_load_dataset.sh, the same stages on UltraFeedback and GPT-2")
+    print("next: sh exec_run_eval.sh compares any models, sh exec_run_chat.sh talks to them, and")
+    print("sh exec_load_dataset.sh begins the same stages on UltraFeedback and GPT-2")
 
 
 def frontier_section(
@@ -203,20 +203,12 @@ def told_section(
 def training_curves(runs: list[Run], rm_model_path: str | None) -> list[str]:
     """Take over the pictures that the stages drew of themselves."""
     if rm_model_path:
-        runs = [*runs, Run("RM", Path(rm_model_path))]
+        runs = [*runs, Run("RM", rm_model_path, "--rm_model_path")]
     found = {run.name: run.curves() for run in runs if run.curves().is_file()}
     return [
         f"<h3>{escape(name)}</h3>{picture(path.read_bytes(), f'training of {name}')}"
         for name, path in found.items()
     ]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is whole as soon as it has its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    commit(temporary, path)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""The tables of the report: rows of texts, and two ways to write them."""
+"""The rows of the report's tables."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
 from torch import Tensor
 
+from rlhf.markdown import Rows
 from toyworld.measure import Result
 from toyworld.optimum import Exact, share_of_gain
 from toyworld.world import best_response, requests
 
 NUM_SHOWN = 3  # prompts whose answers are shown
-Rows = list[list[str]]  # the header first
 
 
 class Verdict(NamedTuple):
@@ -67,36 +66,3 @@ def sample_rows(prompts: Sequence[str], verdicts: Mapping[str, Verdict]) -> Rows
         answers = [verdict.result.texts[i] for verdict in verdicts.values()]
         rows.append([prompts[i], best_response(requests()[prompts[i]]), *answers])
     return rows[: NUM_SHOWN + 1]
-
-
-def markdown_table(rows: Rows) -> str:
-    """Lay out a table so that it reads well as plain text too.
-
-    >>> print(markdown_table([["model", "KL"], ["SFT", "0"]]))
-    | model | KL |
-    |-------|----|
-    | SFT   | 0  |
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
-def html_table(rows: Rows) -> str:
-    """Write a table for a page, every cell escaped.
-
-    >>> print(html_table([["a"], ["1 < 2"]]))
-    <table>
-    <tr><th>a</th></tr>
-    <tr><td>1 &lt; 2</td></tr>
-    </table>
-    """
-    kinds = ["th"] + ["td"] * (len(rows) - 1)
-    lines = [
-        "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) + "</tr>"
-        for kind, row in zip(kinds, rows, strict=True)
-    ]
-    return "\n".join(["<table>", *lines, "</table>"])
