@@ -72,6 +72,7 @@ def project(tmp_path: Path) -> Path:
 def test_there_is_a_shell_script_for_every_stage():
     stages = {"exec_load_dataset.sh", "exec_run_sft.sh", "exec_run_rm.sh"}
     stages |= {"exec_run_ppo.sh", "exec_run_dpo.sh", "exec_demo.sh", "exec_tests.sh"}
+    stages |= {"exec_run_eval.sh", "exec_run_chat.sh"}
     assert stages <= set(NAMES)
 
 
@@ -108,6 +109,60 @@ def test_arguments_of_the_caller_come_last_from_any_folder(path, tmp_path):
     told = record.read_text().splitlines()
     assert told[0] == str(ROOT)
     assert told[-2:] == ["--seed=7", "a b"]
+
+
+@pytest.mark.parametrize("name", ["exec_run_eval.sh", "exec_run_chat.sh"])
+def test_where_only_the_demo_was_run_its_checkpoints_are_taken(project, tmp_path, name):
+    shutil.copy(ROOT / name, project)
+    python = write_program(tmp_path / "python", GOOD_PYTHON)
+
+    def told() -> dict[str, str]:
+        record = tmp_path / "record"
+        record.unlink(missing_ok=True)
+        run_sh(project / name, "--seed=7", cwd=tmp_path, PYTHON=python, RECORD=record)
+        lines = record.read_text().splitlines()
+        assert lines[-1] == "--seed=7"
+        return dict(line.rsplit("=", 1) for line in lines if "=" in line)  # the last one counts
+
+    for stage in ("sft", "rm"):
+        (project / f".model/toyworld/{stage}/best").mkdir(parents=True)
+    assert told()["--model_path=SFT"] == ".model/toyworld/sft/best"
+    assert told()["--rm_model_path"] == ".model/toyworld/rm/best"
+    assert told()["--max_len"] == "64"
+    (project / ".model/sft/best").mkdir(parents=True)
+    assert told()["--model_path=SFT"] == ".model/sft/best"
+    assert told()["--max_len"] == "1024"
+
+
+@pytest.mark.parametrize("name", ["exec_run_eval.sh", "exec_run_chat.sh"])
+def test_models_that_are_not_there_are_left_out_and_told_of(project, tmp_path, name):
+    shutil.copy(ROOT / name, project)
+    python = write_program(tmp_path / "python", GOOD_PYTHON)
+
+    def given(*arguments: str) -> tuple[list[str], list[str]]:
+        """The models that the script hands on, and what it says."""
+        record = tmp_path / "record"
+        record.unlink(missing_ok=True)
+        result = run_sh(project / name, *arguments, cwd=tmp_path, PYTHON=python, RECORD=record)
+        lines = record.read_text().splitlines()
+        return [x for x in lines if "model_path=" in x], result.stderr.splitlines()
+
+    left_out = f"{name}: not there, and left out: --"
+    models, said = given()
+    assert models == [] and len(said) == 5 and all(x.startswith(left_out) for x in said[:4])
+    assert said[4] == f"{name}: no model is left: name one, or train some by sh exec_demo.sh"
+    mine = "--model_path=MINE=a b/best"  # what is typed is never left out
+    models, said = given(mine)
+    assert models == [mine] and len(said) == 4
+    for stage in ("dpo", "sft"):
+        (project / f".model/{stage}/best").mkdir(parents=True)
+    models, said = given(mine)
+    ours = [f"--model_path={x.upper()}=.model/{x}/best" for x in ("sft", "dpo")]
+    assert models == [*ours, mine]
+    assert said == [
+        f"{left_out}model_path=PPO=.model/ppo/best",
+        f"{left_out}rm_model_path=.model/rm/best",
+    ]
 
 
 def test_the_chooser_takes_python_then_the_active_environment_then_dot_venv(project, tmp_path):
@@ -245,9 +300,32 @@ def test_a_failing_pip_ends_in_one_clear_line_and_may_be_tried_again(project, tm
         assert error.startswith("exec_setup.sh: error: pip could not install transformers ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wants_gradio"),
+    [
+        ([], False),
+        (["--web=false"], False),
+        (["--no-web"], False),
+        (["--web=true"], True),
+        (["--seed=7", "--web"], True),
+    ],
+)
+def test_the_page_alone_wants_gradio(project, tmp_path, arguments, wants_gradio):
+    for name in ("exec_run_chat.sh", "requirements-chat.txt"):
+        shutil.copy(ROOT / name, project)
+    versions = pins("constraints.txt")
+    del versions["gradio"]
+    python = build_environment(tmp_path / "env", versions)
+    record = tmp_path / "record"
+    script = project / "exec_run_chat.sh"
+    run_sh(script, *arguments, cwd=tmp_path, PYTHON=python, RECORD=record)
+    assert record.exists() == wants_gradio
+    assert not wants_gradio or asked_of_pip(record)[0] == {"gradio"}
+
+
 def test_every_requirement_has_a_tested_version_within_its_bounds():
     tested = pins("constraints.txt")
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-chat.txt"):
         for line in (ROOT / name).read_text().splitlines():
             if line and not line.startswith("#"):
                 requirement = Requirement(line)

@@ -33,10 +33,12 @@ def test_death_before_any_change_of_the_disk_loses_nothing(world, stage):
         assert content(folder) == content(world.whole(stage)), number
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_is_read_as_if_it_were_right(world):
     assert damage.flip(world, 40) == {"flips": 40}
 
 
+@pytest.mark.slow
 def test_no_number_that_is_not_finite_is_written(world):
     counts = damage.plant(world, 4)
     assert +counts == {"planted": 4}
@@ -48,6 +50,7 @@ def test_bad_commands_end_in_one_line(world):
     assert counts["bad inputs"] >= 60 and +counts == {"bad inputs": counts["bad inputs"]}
 
 
+@pytest.mark.slow
 def test_strange_rows_are_dropped_and_counted(tmp_path):
     assert +inputs.fuzz(tmp_path, 300) == {"rows": 300}
 

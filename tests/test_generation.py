@@ -113,6 +113,7 @@ class Watched(Slots):
         self.seen["shift"] += self.end < end
 
 
+@pytest.mark.slow
 @pytest.mark.claim(11)
 @pytest.mark.parametrize("pace", [1, 5])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5, "top_p": 0.9}, {"do_sampling": False}])

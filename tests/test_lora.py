@@ -270,6 +270,7 @@ def test_all_stages_run_and_only_the_adapter_moves(lineage, base_path):
         assert changed == {key for key in before if re.search(r"(attn|mlp)\.c_\w+\.weight", key)}
 
 
+@pytest.mark.slow
 def test_the_first_figures_are_those_of_the_model_without_an_adapter(lineage, data_dir, tmp_path):
     """Where an adapter starts is where full fine-tuning starts, reference included."""
     for stage in ("ppo", "dpo"):
@@ -321,6 +322,7 @@ MOMENTS = [pytest.param(*x, marks=pytest.mark.slow) for x in (("sft", 3), ("rm",
 MOMENTS += [pytest.param("ppo", 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "call"), MOMENTS)
 def test_resumed_run_equals_uninterrupted_run(stage, call, lineage, base_path, data_dir, tmp_path):
     def start(stage, folder):
@@ -500,7 +502,11 @@ def compare(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "critic", [["--value_loss_coeff=0"], ["--advantage=rloo", "--num_responses=2"]]
+    "critic",
+    [
+        ["--value_loss_coeff=0"],
+        pytest.param(["--advantage=rloo", "--num_responses=2"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_on_one_trunk_equals_one_on_several(lineage, data_dir, tmp_path, critic):
     """With a critic that stays what it is: two adapters of one function learn differently."""
@@ -512,6 +518,7 @@ def test_a_run_on_one_trunk_equals_one_on_several(lineage, data_dir, tmp_path, c
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in theirs)
 
 
+@pytest.mark.slow
 def test_with_a_reward_function_the_critic_learns_alike_on_one_trunk(lineage, data_dir, tmp_path):
     options = [*OPTIONS["ppo"], "--reward_fn=tests.test_scripts:count_a", "--minibatch_size=8"]
     plain = run("ppo", lineage, data_dir, *options, ckpt_dir=tmp_path / "plain")
@@ -520,6 +527,7 @@ def test_with_a_reward_function_the_critic_learns_alike_on_one_trunk(lineage, da
     compare(shared, plain)
 
 
+@pytest.mark.slow
 def test_the_critic_learns_on_one_trunk_and_resumes(lineage, data_dir, tmp_path):
     def start(stage, folder):
         options = [*OPTIONS[stage], "--share_trunk", "--minibatch_size=8"]

@@ -16,12 +16,11 @@ from rlhf.models import (
     load_reward_model,
     load_tokenizer,
     read_config,
-    require_same_tokenizer,
     response_states,
     reward_logits,
 )
 from rlhf.rewards import regression_reward
-from rlhf.tokens import Sample, encode_samples
+from rlhf.tokens import Sample, encode_samples, require_same_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -233,6 +233,7 @@ def test_exact_reward_agrees_with_sampling():
     assert abs(float(sampled.mean()) - exact) < 4 * error
 
 
+@pytest.mark.slow
 def test_only_graded_leaves_can_earn_more_than_1():
     texts = TREE.texts()
     graded = {leaf for leaf, _ in graded_leaves(TREE)}

@@ -72,6 +72,7 @@ def test_responses_to_one_prompt_stand_side_by_side_and_differ(ppo, tmp_path, ex
         assert len({tuple(ids) for ids in batch.response_ids.tolist()}) > len(prompts)
 
 
+@pytest.mark.slow
 def test_noise_of_a_response_is_told_by_its_prompt_and_its_number(ppo, tmp_path, monkeypatch):
     """The first response of prompt row r has row r * 3, and the noise that this row always has."""
     names, real = [], run_ppo.roll_out
@@ -89,6 +90,7 @@ def test_noise_of_a_response_is_told_by_its_prompt_and_its_number(ppo, tmp_path,
     assert several == [[3 * row + k for row in rows for k in range(3)] for rows in plain]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_micro_batches_change_nothing_without_a_critic_either(ppo, tmp_path, size):
     options = [*GROUPS["rloo"], *REWARD]
@@ -102,6 +104,7 @@ def test_micro_batches_change_nothing_without_a_critic_either(ppo, tmp_path, siz
 # Without a critic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUPS)
 def test_the_advantage_of_a_response_is_that_of_each_of_its_tokens(
     ppo, tmp_path, experiences, name
@@ -194,6 +197,7 @@ def test_beta_follows_the_kl_of_the_rollouts(ppo, tmp_path, experiences, monkeyp
     assert logged[-1]["objective/beta"] != 0.2
 
 
+@pytest.mark.slow
 def test_evaluation_weighs_the_kl_by_beta_as_typed(ppo, tmp_path):
     ppo(tmp_path, *ADAPTIVE, "--learning_rate=1e-2")
     judged = [row for row in rows(tmp_path) if "eval_kl" in row]
@@ -220,6 +224,7 @@ def steps_taken(monkeypatch):
     return lambda: (rates, [schedule.get_last_lr()[0] for schedule in schedules])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], GROUPS["rloo"]], ids=["gae", "rloo"])
 def test_with_a_tiny_limit_a_rollout_has_one_step_and_the_rate_still_ends_at_0(
     ppo, tmp_path, steps_taken, options, experiences
@@ -234,6 +239,7 @@ def test_with_a_tiny_limit_a_rollout_has_one_step_and_the_rate_still_ends_at_0(
     assert after == [0.0] * len(after)
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_never_reached_changes_nothing(ppo, tmp_path):
     limited = ppo(tmp_path / "limited", "--early_stop_kl=1e9")
     plain = ppo(tmp_path / "plain")
@@ -259,6 +265,7 @@ def test_updates_end_before_the_step_whose_minibatch_has_gone_too_far(ppo, tmp_p
 # Stopped and gone on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "call"),
     [

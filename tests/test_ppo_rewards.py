@@ -99,6 +99,7 @@ def test_the_critic_starts_from_the_sft_model_at_the_first_mean(
     assert all((own[name] - sft[name]).abs().max() < 1e-3 for name in sft)
 
 
+@pytest.mark.slow
 def test_a_classifier_that_reads_less_than_max_len_is_told_once(start, tmp_path, capsys):
     path = bert(tmp_path / "bert", model_max_length=40)
     flags = [f"--rm_model_path={path}", "--reward_label=0", "--max_steps=1"]
@@ -153,6 +154,7 @@ def test_stored_units_are_the_reward_models_mean_and_spread(start, parents, seen
     assert seen[0][3] == 0.0  # the critic begins at the mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--advantage=rloo", "--num_responses=3"]])
 def test_running_units_are_those_of_all_scores_so_far(options, start, seen, tmp_path):
     fn = "--reward_fn=tests.test_scripts:count_a"

@@ -366,6 +366,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "options"), COMBINATIONS)
 def test_every_loss_learns_to_tell_better_from_worse(
     loss, options, sft, data_dir, graded, tmp_path
@@ -385,6 +386,7 @@ def test_every_loss_learns_to_tell_better_from_worse(
     assert run_json["arguments"]["beta"] == settings(loss, *options).beta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", run_dpo.REFERENCE_FREE)
 def test_reference_free_losses_never_ask_for_the_reference(
     loss, sft, data_dir, graded, tmp_path, monkeypatch

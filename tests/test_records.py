@@ -12,6 +12,7 @@ from rlhf.records import (
     PAIR,
     SCORED,
     fingerprint,
+    holds_pairs,
     pair_record,
     prompt_text,
     read_manifest,
@@ -237,6 +238,29 @@ def test_a_pair_is_the_best_against_the_worst_and_the_first_of_equals():
 def test_a_dialogue_can_be_read_as_one_text():
     assert prompt_text("Why?") == "Why?"
     assert prompt_text(TALK) == "User: A\n\nAssistant: B\n\nUser: C"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (json.dumps(pair()), True),
+        ("\ufeff" + json.dumps(pair()), True),
+        ("\n \n" + json.dumps(pair()), True),
+        (json.dumps(scored()), False),
+        (json.dumps(scored() | pair()), False),  # what is there for more than one stage is scored
+        (json.dumps(scored()) + "\n" + json.dumps(pair()), False),
+        (json.dumps(without(pair(), "rejected")), False),
+        *((text, False) for text in ("", "\n", "{", "[1]", "[[1]]", "7", "null", "\x00")),
+        (b"\xff\xfe", False),
+    ],
+)
+def test_the_first_line_tells_if_a_file_holds_pairs(data, expected, tmp_path):
+    assert holds_pairs(split_with(tmp_path, data), "train") is expected
+
+
+def test_an_absent_file_holds_no_pairs_to_look_for(tmp_path):
+    with pytest.raises(InputError, match="there is no"):
+        holds_pairs(tmp_path, "train")
 
 
 # --- old splits make room for new ones

@@ -31,6 +31,7 @@ from rlhf.optim import optimizer_step
 from rlhf.rewards import regression_reward
 from rlhf.tokens import encode_samples
 from tests.conftest import write_jsonl
+from tests.test_trackers import events
 
 SCRIPTS = {"sft": run_sft, "rm": run_rm, "ppo": run_ppo, "dpo": run_dpo}
 SPLITS = {"sft": "sft", "rm": "rm", "ppo": "pref", "dpo": "pref"}
@@ -132,6 +133,7 @@ def test_ppo_logs_every_name(lineage):
     assert all(value is not None for value in row.values())
 
 
+@pytest.mark.slow
 @pytest.mark.claim(19)
 def test_ppo_shows_samples_with_score_and_kl(lineage, data_dir, tmp_path, capsys):
     run("ppo", lineage, data_dir, *PPO, "--max_steps=1", ckpt_dir=tmp_path)
@@ -271,8 +273,11 @@ def distance(ours, theirs):
     return float((ours - theirs).norm() / theirs.norm())
 
 
+SLOW_DPO, SLOW_PPO = (pytest.param(x, marks=pytest.mark.slow) for x in ("dpo", "ppo"))
+
+
 @pytest.mark.claim(5, 16)
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", SLOW_DPO, SLOW_PPO])
 def test_micro_batch_size_changes_memory_and_not_the_gradient(stage, first_step):
     expected, log = first_step(stage)
     for size in (1, 3):
@@ -283,7 +288,7 @@ def test_micro_batch_size_changes_memory_and_not_the_gradient(stage, first_step)
             assert other_log[name] == pytest.approx(log[name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", SLOW_PPO])
 def test_gradient_checkpointing_changes_memory_and_not_the_gradient(stage, first_step, monkeypatch):
     expected, _ = first_step(stage)
     checkpointed = mock.Mock(side_effect=checkpoint)
@@ -293,13 +298,15 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradient(stage, first
 
 
 @pytest.mark.slow
-def test_compiling_changes_time_and_not_the_gradient(first_step):
+def test_compiling_changes_time_and_not_the_gradient(first_step, capsys):
     expected, _ = first_step("sft")
+    assert "compiling: " not in capsys.readouterr().out
     gradient, _ = first_step("sft", "--compile")
     assert distance(gradient, expected) <= 1e-5
+    assert "compiling: the first steps are slow\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", SLOW_DPO, SLOW_PPO])
 def test_same_command_gives_the_same_bytes(stage, lineage, base_path, data_dir, tmp_path):
     options = [f"--model_id={base_path}", "--dropout=0.1"] if stage == "sft" else []
     options += ["--max_steps=3", *(PPO if stage == "ppo" else [])]
@@ -309,6 +316,34 @@ def test_same_command_gives_the_same_bytes(stage, lineage, base_path, data_dir, 
     assert (first / "best/model.safetensors").read_bytes() == (
         second / "best/model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_a_tracker_changes_no_number_and_shows_numbers_and_texts(
+    stage, lineage, base_path, data_dir, tmp_path
+):
+    options = [f"--model_id={base_path}", "--dropout=0.1"] if stage == "sft" else []
+    options += ["--max_steps=3", "--log_step=1", *(PPO if stage == "ppo" else [])]
+    plain, told = (
+        run(stage, lineage, data_dir, *options, *more, ckpt_dir=tmp_path / name)
+        for name, more in (("plain", []), ("told", ["--report_to=tensorboard"]))
+    )
+    assert (plain / "best/model.safetensors").read_bytes() == (
+        told / "best/model.safetensors"
+    ).read_bytes()
+    found = events(told / "rlhf")
+    for name in {name for row in rows(plain) for name in row} - {"step", "tokens_per_second"}:
+        logged = [(row["step"], row[name]) for row in rows(plain) if name in row]
+        assert [step for step, _ in found[name]] == [step for step, _ in logged], name
+        expected = [math.nan if value is None else value for _, value in logged]
+        assert [x for _, x in found[name]] == pytest.approx(expected, nan_ok=True), name
+    fields = {"rm": ["reward", "target"], "ppo": ["score", "kl"]}.get(stage, ["in the data"])
+    for number in (1, 2, 3):
+        steps, texts = zip(*found[f"samples/{number}"], strict=True)
+        assert steps == (0, rows(plain)[-1]["step"])
+        for field in ("prompt", "response", *fields):
+            assert all(f"**{field}**" in text for text in texts)
 
 
 @pytest.mark.claim(5)
@@ -349,6 +384,7 @@ def test_sft_gradient_is_the_mean_over_tokens_and_not_over_sequences(base_path, 
     assert ours["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.claim(22)
 def test_reference_logprobs_are_computed_once(lineage, data_dir, tmp_path, monkeypatch):
     calls = []
@@ -434,7 +470,7 @@ def test_best_of_ppo_is_highest_score_less_beta_times_kl(lineage, data_dir, tmp_
 
     def evaluate(*_):
         score, kl = next(judged)
-        return {"eval_scores": score, "eval_kl": kl, "eval_objective": score - 0.2 * kl}
+        return {"eval_scores": score, "eval_kl": kl, "eval_objective": score - 0.2 * kl}, []
 
     monkeypatch.setattr(run_ppo, "evaluate", evaluate)
     folder = run("ppo", lineage, data_dir, *PPO, "--num_outer_epoch=3", ckpt_dir=tmp_path)
@@ -444,6 +480,7 @@ def test_best_of_ppo_is_highest_score_less_beta_times_kl(lineage, data_dir, tmp_
 # Variants
 
 
+@pytest.mark.slow
 def test_pairwise_reward_model_feeds_ppo(lineage, data_dir, tmp_path):
     rm = run("rm", lineage, data_dir, "--loss=pairwise", *RM, ckpt_dir=tmp_path / "rm")
     assert epochs(rm, "eval_accuracy")[-1] == 1.0
@@ -452,6 +489,7 @@ def test_pairwise_reward_model_feeds_ppo(lineage, data_dir, tmp_path):
     run("ppo", lineage, data_dir, *PPO, f"--rm_model_path={rm}/best", ckpt_dir=tmp_path / "ppo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -556,7 +594,8 @@ def bad_inputs(lineage, base_path, data_dir, tmp_path):
     )
     yield "rm", ["--sft_model_path=REQUIRED"], "REQUIRED"
     yield "rm", [f"--sft_model_path={rm}"], "is a reward model"
-    yield "rm", [f"--data_dir={data_dir}/pref"], "response"
+    yield "sft", [f"--model_id={base_path}", f"--data_dir={data_dir}/pref"], "response"
+    yield "rm", [f"--data_dir={data_dir}/pref"], "holds pairs (train.jsonl): choose --loss="
     yield "ppo", [f"--rm_model_path={sft}"], "must be a reward model"
     yield "ppo", [f"--sft_model_path={rm}"], "must be a language model"
     yield "ppo", ["--max_reward=7"], "--max_reward=7"

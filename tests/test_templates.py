@@ -8,7 +8,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf import token_cache
 from rlhf.errors import InputError
-from rlhf.models import require_same_tokenizer
 from rlhf.templates import (
     BOS_CHAT_TEMPLATE,
     CHAT_TEMPLATE,
@@ -26,6 +25,7 @@ from rlhf.tokens import (
     encode_samples,
     encode_texts,
     ending_ids,
+    require_same_tokenizer,
     stop_ids,
 )
 from tests.conftest import EOS, TEXTS

@@ -27,6 +27,7 @@ from transformers import (
 
 from rlhf.disk import write_checksums
 from rlhf.errors import InputError
+from rlhf.lineage import Run
 from rlhf.records import PAIR, SCORED, read_split
 from rlhf.templates import prepare_tokenizer
 from rlhf.tokens import encode_samples
@@ -45,7 +46,6 @@ from toyworld.measure import (
 )
 from toyworld.optimum import Exact
 from toyworld.rows import build_rows
-from toyworld.runs import Run
 from toyworld.tables import Verdict, results_rows
 from toyworld.world import EOS, MAX_RESPONSE_TOKENS, TAGS, UNKNOWN, VOCABULARY, WORDS, requests
 
@@ -399,12 +399,12 @@ def test_epochs_of_a_run_are_found_beside_the_checkpoint(tmp_path: Path) -> None
     (tmp_path / "best").symlink_to(paths[2].name)
     other = as_run(tmp_path, 1, 4)
     (other / "run.json").write_text(json.dumps({"stage": "dpo", "epoch": 4}))
-    run = Run("PPO", tmp_path / "best")
+    run = Run("PPO", str(tmp_path / "best"), "--model=PPO")
     assert list(run.epochs()) == [1, 2, 10]
     assert {e: path.resolve() for e, path in run.epochs().items()} == paths
     alone = tmp_path / "alone"
     save_base_model(alone, 1)
-    assert Run("A", alone).epochs() == {1: alone}
+    assert Run("A", str(alone), "--model=A").epochs() == {1: alone}
 
 
 def test_gain_is_paired_by_prompt() -> None:
