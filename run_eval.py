@@ -163,7 +163,6 @@ def evaluate(args: argparse.Namespace, runtime: Runtime, out_dir: Path) -> None:
     scorers = prepare_scorers(args, tokenizers, runtime)
     verdicts = partial(ask, args, out_dir / "verdicts.jsonl")
     if args.judge_model:
-        find_endpoint()
         verdicts(PROBE)
 
     answers = write_all(args, runs, tokenizers, asked, runtime)
