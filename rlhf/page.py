@@ -14,7 +14,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; 
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.9em; }
 th, td { padding: 0.3em 0.8em; border-bottom: 1px solid #ddd; text-align: left;
-         vertical-align: top; white-space: nowrap; }
+         vertical-align: top; }
+td { white-space: nowrap; }
 .texts td { white-space: pre-wrap; overflow-wrap: anywhere; }
 h3 { font-size: 1em; margin-bottom: 0.3em; white-space: pre-wrap; }
 img { max-width: 100%; height: auto; }
