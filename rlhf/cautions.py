@@ -20,12 +20,10 @@ def cautions(
 ) -> list[str]:
     """Say what makes figures look better than they are, as far as each `run.json` tells."""
     known = {run.path: run for run in (*runs, *lineage(runs))}.values()
-    facts = {run.name: run.facts() for run in known}
+    facts = [(run.name, run.facts()) for run in known]
 
     def users(file: str) -> str:
-        return ", ".join(
-            name for name, x in facts.items() if x.get("data", {}).get(file) == prompts_sha256
-        )
+        return ", ".join(name for name, x in facts if x.get("data", {}).get(file) == prompts_sha256)
 
     told = []
     if num_prompts < FEW:
@@ -39,7 +37,7 @@ def cautions(
         rm_path: [run.name for run in known if content and run.followed_content() == content],
         reward_fn: [
             name
-            for name, x in facts.items()
+            for name, x in facts
             if reward_fn and x.get("arguments", {}).get("reward_fn") == reward_fn
         ],
     }

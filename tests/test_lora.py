@@ -373,6 +373,7 @@ def test_compiling_changes_no_adapter(lineage, data_dir, tmp_path):
         for more in ([], ["--compile"])
     )
     compare(compiled, plain)
+    assert epochs(compiled, "eval_kl") == pytest.approx(epochs(plain, "eval_kl"), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -198,6 +198,15 @@ def test_of_two_epochs_of_one_run_both_are_named(tmp_path):
     assert told.endswith("in the runs of: P0, P1.")
 
 
+def test_two_runs_of_one_name_are_two(tmp_path):
+    data = {"train.jsonl": "digest"}
+    parent = checkpoint(tmp_path / "P/a", stage="sft")
+    run = Run("P", checkpoint(tmp_path / "ppo/a", stage="ppo", parent=parent, data=data), "--x")
+    facts = {"num_prompts": 30, "rm_path": None, "reward_fn": None}
+    (told,) = cautions([run], [], prompts_sha256="digest", **facts)
+    assert told == "Trained on these very prompts: P."
+
+
 def test_a_parent_that_was_trained_anew_is_no_parent(tmp_path):
     sft = checkpoint(tmp_path / "sft/a", stage="sft")
     ppo = checkpoint(tmp_path / "ppo/a", stage="ppo", parent=sft, parent_content="of old")
